@@ -1,0 +1,25 @@
+"""BLIP, maintained: vision-language pre-training that captions, filters and improves its own data.
+
+Public names are imported on first use: `import openblip` and `openblip --help` need no torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from openblip.models.blip import Blip as Blip
+
+__version__ = "0.1.0"
+
+_HOME_OF = {"Blip": "openblip.models.blip"}
+__all__ = ["Blip", "__version__"]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'openblip' has no attribute {name!r}")
+    return getattr(import_module(_HOME_OF[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME_OF})
