@@ -85,7 +85,8 @@ def roc_auc(scores: Tensor | Sequence[float], labels: Tensor | Sequence[int]) ->
     marks = torch.as_tensor(labels).cpu().numpy()
     if values.ndim != 1 or values.shape != marks.shape:
         raise ValueError(
-            f"scores are {values.shape} and labels {marks.shape}; both must be one row of one length"
+            f"scores are {values.shape} and labels {marks.shape}; both must be one row of "
+            "one length"
         )
     if np.isnan(values).any():
         raise ValueError("the scores hold NaN; every score must be a number")
