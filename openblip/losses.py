@@ -1,0 +1,82 @@
+"""BLIP's objectives as pure functions: tensors in, scalar out (BLIP sec. 3.2).
+
+Letters: B pairs of the batch, Q queued features, R rows, L tokens, V vocabulary. All losses are in
+nats.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def soft_targets(
+    momentum_similarity: Tensor, positives: Tensor, temperature: Tensor, weight: float
+) -> Tensor:
+    """Mix what the momentum twin believes into the ground truth.
+
+    momentum_similarity  (B, B+Q) cosine of the twin's own features
+    positives            (B, B+Q) ground truth, rows sum to 1
+    weight               in [0, 1]; 0 returns `positives`
+    Returns              (B, B+Q), rows sum to 1
+    Source: ALBEF sec. 3.3.
+    """
+    belief = (momentum_similarity / temperature).softmax(dim=1)
+    return weight * belief + (1.0 - weight) * positives
+
+
+def itc_loss(similarity: Tensor, targets: Tensor, temperature: Tensor) -> Tensor:
+    """Cross-entropy of each row's similarities against soft targets.
+
+    similarity   (B, B+Q) cosine, this batch first, then the queue
+    targets      (B, B+Q) rows sum to 1
+    temperature  () divides the cosines, > 0
+    Returns      () mean over rows
+    Raises ValueError if the shapes differ.
+    Source: BLIP sec. 3.2; soft targets from ALBEF sec. 3.3.
+    """
+    if similarity.shape != targets.shape:
+        raise ValueError(
+            f"similarity {tuple(similarity.shape)} and targets {tuple(targets.shape)} differ"
+        )
+    return -((similarity / temperature).log_softmax(dim=1) * targets).sum(dim=1).mean()
+
+
+def sample_hard_negatives(weights: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Draw one column per row in proportion to its weight.
+
+    weights    (B, C) >= 0, 0 for what must not be drawn; every row needs one that is positive
+    generator  of the draw; None takes torch's global one
+    Returns    (B,) column indices
+    Source: ALBEF sec. 3.2, hard negatives in proportion to the contrastive similarity.
+    """
+    return torch.multinomial(weights, 1, generator=generator).squeeze(1)
+
+
+def itm_loss(logits: Tensor, is_match: Tensor) -> Tensor:
+    """Cross-entropy of match logits (R, 2) against is_match (R,) bool; mean over rows."""
+    return F.cross_entropy(logits, is_match.long())
+
+
+def lm_loss(
+    logits: Tensor,
+    token_ids: Tensor,
+    text_mask: Tensor,
+    *,
+    prompt_length: int = 0,
+    label_smoothing: float = 0.1,
+) -> Tensor:
+    """Cross-entropy of every next token.
+
+    logits           (R, L, V), position t predicts token t + 1
+    token_ids        (R, L) the text itself; its first token is never predicted
+    text_mask        (R, L) 1 = real token; padding is not predicted
+    prompt_length    tokens at the start, the first special token included, that are given
+    label_smoothing  share of the target spread over the vocabulary
+    Returns          () mean over the predicted tokens of all rows
+    Source: BLIP sec. 3.2, label smoothing 0.1.
+    """
+    targets = token_ids.masked_fill(text_mask == 0, -100)
+    targets[:, :prompt_length] = -100
+    return F.cross_entropy(
+        logits[:, :-1].flatten(0, 1), targets[:, 1:].flatten(), label_smoothing=label_smoothing
+    )

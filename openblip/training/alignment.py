@@ -1,0 +1,194 @@
+"""ITC and ITM together, as pre-training and retrieval fine-tuning share them (BLIP sec. 3.2).
+
+Letters: B pairs of the batch, Q queued pairs, E embedding width, L tokens.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from openblip.losses import itc_loss, itm_loss, sample_hard_negatives, soft_targets
+from openblip.models.blip import Blip
+from openblip.models.text import Context
+from openblip.training.momentum import FeatureQueue, MomentumTwin, QueueEntries
+
+MOMENTUM_MINING_FLOOR = 1e-4
+"""Added to the mining weights of pre-training, so that every negative can be drawn."""
+
+
+@dataclass(frozen=True)
+class AlignmentConfig:
+    """How pairs are aligned; the defaults are the paper's pre-training.
+
+    positives   `pair`: a text belongs to its own image alone. `image`: to every image of its id.
+                `image_or_text`: also to images whose text is the same; for small data in which
+                captions repeat
+    mining      similarity in proportion to which hard negatives are drawn: `momentum` compares
+                online with momentum embeddings (pre-training), `online` online ones (retrieval)
+    queue_size  momentum features kept as further negatives
+    momentum    of the twin
+    """
+
+    positives: Literal["pair", "image", "image_or_text"] = "pair"
+    mining: Literal["momentum", "online"] = "momentum"
+    queue_size: int = 57600
+    momentum: float = 0.995
+
+
+@dataclass(frozen=True)
+class AlignmentOutput:
+    """Losses in nats, and what the step needs after the optimizer has moved.
+
+    itc, itm              scalars
+    match_logits          (P, 2) of all judged pairs, true pairs first
+    num_without_negative  rows left out of ITM because every candidate is a positive
+    entries               what `after_optimizer_step` puts into the queue
+    """
+
+    itc: Tensor
+    itm: Tensor
+    match_logits: Tensor
+    num_without_negative: int
+    entries: QueueEntries
+
+
+Draw = Callable[[Tensor], Tensor]
+
+
+class Alignment(nn.Module):
+    """The momentum twin, the queue, and the two losses that they serve."""
+
+    def __init__(self, blip: Blip, config: AlignmentConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.twin = MomentumTwin(blip, config.momentum)
+        self.queue = FeatureQueue(config.queue_size, blip.config.embedding_width)
+
+    def forward(
+        self,
+        blip: Blip,
+        images: Tensor,
+        image_states: Tensor,
+        context: Context,
+        token_ids: Tensor,
+        text_mask: Tensor,
+        image_ids: Tensor,
+        text_ids: Tensor,
+        soft_target_weight: float,
+        draw: Draw | None = None,
+    ) -> AlignmentOutput:
+        """Compute both losses of a batch.
+
+        images                (B, 3, S, S), for the momentum twin
+        image_states          (B, 1+N, D) of the online image encoder
+        context               the same, projected
+        token_ids, text_mask  (B, L)
+        image_ids, text_ids   (B,) equal where the image, or the text, is the same
+        soft_target_weight    share of the momentum twin's belief in the ITC targets
+        draw                  maps mining weights (B, B) to one column per row (B,)
+        """
+        image_embedding = blip.embed_image(image_states)
+        text_embedding = blip.embed_text(blip.encode_text(token_ids, text_mask))
+        cls_first = token_ids.clone()
+        cls_first[:, 0] = blip.config.tokens.cls
+        momentum_image, momentum_text = self.twin.embed(images, cls_first, text_mask)
+
+        all_images = torch.cat([momentum_image, self.queue.image_embedding])
+        all_texts = torch.cat([momentum_text, self.queue.text_embedding])
+        image_to_text = image_embedding @ all_texts.T
+        text_to_image = text_embedding @ all_images.T
+        is_positive = self._positives(image_ids, text_ids)
+        positives = is_positive / is_positive.sum(dim=1, keepdim=True)
+        with torch.no_grad():
+            image_targets, text_targets = (
+                soft_targets(feature @ others.T, positives, blip.temperature, soft_target_weight)
+                for feature, others in ((momentum_image, all_texts), (momentum_text, all_images))
+            )
+        itc = (
+            itc_loss(image_to_text, image_targets, blip.temperature)
+            + itc_loss(text_to_image, text_targets, blip.temperature)
+        ) / 2
+
+        with torch.no_grad():
+            batch = image_ids.shape[0]
+            if self.config.mining == "momentum":
+                text_weights = image_to_text[:, :batch]
+                image_weights = text_to_image[:, :batch]
+                floor = MOMENTUM_MINING_FLOOR
+            else:
+                text_weights = image_embedding @ text_embedding.T
+                image_weights = text_weights.T
+                floor = 0.0
+            same = is_positive[:, :batch].bool()
+            text_weights, image_weights = (
+                ((weights / blip.temperature).softmax(dim=1) + floor).masked_fill(same, 0.0)
+                for weights in (text_weights, image_weights)
+            )
+        match_logits, is_match, num_left_out = self._match(
+            blip, context, token_ids, text_mask, image_weights, text_weights, draw
+        )
+        return AlignmentOutput(
+            itc=itc,
+            itm=itm_loss(match_logits, is_match),
+            match_logits=match_logits,
+            num_without_negative=num_left_out,
+            entries=QueueEntries(momentum_image, momentum_text, image_ids, text_ids),
+        )
+
+    def after_optimizer_step(self, blip: Blip, entries: list[QueueEntries]) -> None:
+        """Queue the step's features, clamp the temperature, move the twin.
+
+        The original does the last two at the start of the next forward: the same sequence.
+        """
+        for batch in entries:
+            self.queue.enqueue(batch)
+        blip.clamp_temperature()
+        self.twin.update(blip)
+
+    def _positives(self, image_ids: Tensor, text_ids: Tensor) -> Tensor:
+        """Return (B, B+Q) of 0 and 1."""
+        batch = image_ids.shape[0]
+        if self.config.positives == "pair":
+            return torch.eye(batch, batch + self.queue.size, device=image_ids.device)
+        is_same = image_ids[:, None] == torch.cat([image_ids, self.queue.image_ids])
+        if self.config.positives == "image_or_text":
+            is_same |= text_ids[:, None] == torch.cat([text_ids, self.queue.text_ids])
+        return is_same.float()
+
+    def _match(
+        self,
+        blip: Blip,
+        context: Context,
+        token_ids: Tensor,
+        text_mask: Tensor,
+        image_weights: Tensor,
+        text_weights: Tensor,
+        draw: Draw | None,
+    ) -> tuple[Tensor, Tensor, int]:
+        """Judge the true pairs, then each text with a hard image, then each image with a hard text.
+
+        image_weights (B, B): text by image; text_weights (B, B): image by text; 0: never drawn.
+        Returns match logits (P, 2), is_match (P,) bool, and how many rows had no negative.
+        """
+        rows = torch.arange(token_ids.shape[0], device=token_ids.device)
+        has_image = image_weights.sum(dim=1) > 0
+        has_text = text_weights.sum(dim=1) > 0
+        hard_images = _draw_or_multinomial(draw, image_weights[has_image])
+        hard_texts = _draw_or_multinomial(draw, text_weights[has_text])
+        image_rows = torch.cat([rows, hard_images, rows[has_text]])
+        text_rows = torch.cat([rows, rows[has_image], hard_texts])
+        pair_states = blip.encode_pair(
+            token_ids[text_rows], text_mask[text_rows], context.select(image_rows)
+        )
+        is_match = torch.arange(image_rows.shape[0], device=rows.device) < rows.shape[0]
+        left_out = 2 * rows.shape[0] - hard_images.shape[0] - hard_texts.shape[0]
+        return blip.match_logits(pair_states), is_match, left_out
+
+
+def _draw_or_multinomial(draw: Draw | None, weights: Tensor) -> Tensor:
+    if not weights.shape[0]:
+        return torch.zeros(0, dtype=torch.long, device=weights.device)
+    return draw(weights) if draw is not None else sample_hard_negatives(weights, None)
