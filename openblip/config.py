@@ -96,6 +96,14 @@ class _Dumper(yaml.SafeDumper):
     def ignore_aliases(self, data: object) -> bool:
         return True
 
+    def represent_str(self, data: str) -> yaml.ScalarNode:
+        # Only double quotes escape line separators, such as U+0085, that reading would fold.
+        style = None if data.isprintable() else '"'
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style=style)
+
+
+_Dumper.add_representer(str, _Dumper.represent_str)
+
 
 _EXPONENT = r"[eE][-+]?[0-9]+"
 _SCALARS: list[tuple[str, str, list[str]]] = [

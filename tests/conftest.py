@@ -9,8 +9,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+from hypothesis import settings
 
 torch.set_num_threads(1)
+
+# A busy machine is no failure of the code: examples have no time limit.
+settings.register_profile("openblip", deadline=None)
+settings.load_profile("openblip")
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 

@@ -204,7 +204,22 @@ def test_recipes_are_frozen():
 @given(
     name=st.text(st.characters(exclude_categories=["Cs"]))
     | st.sampled_from(
-        ["yes", "3e-4", "null", "~", "", "010", "true", "1_0", "<<", ".5", "# a", "="]
+        [
+            "yes",
+            "3e-4",
+            "null",
+            "~",
+            "",
+            "010",
+            "true",
+            "1_0",
+            "<<",
+            ".5",
+            "# a",
+            "=",
+            "\x85",
+            "a\u2028b",
+        ]
     ),
     rate=st.floats(allow_nan=False, allow_infinity=False),
     steps=st.integers(0, 2**63),
