@@ -37,9 +37,7 @@ class MomentumTwin(nn.Module):
         self.load_state_dict({name: online[name] for name, _ in self.named_parameters()})
 
     @torch.no_grad()
-    def embed(
-        self, images: Tensor, token_ids: Tensor, text_mask: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def embed(self, images: Tensor, token_ids: Tensor, text_mask: Tensor) -> tuple[Tensor, Tensor]:
         """Return image and text embeddings, each (B, E), unit norm."""
         image_states = self.vision(images)
         text_states = self.text.encode_text(token_ids, text_mask)

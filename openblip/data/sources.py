@@ -1,0 +1,180 @@
+"""Reading: tar shards, image folders and JSONL files as `Sample`s.
+
+What cannot be used is reported by key and reason, never raised and never lost silently.
+"""
+
+import base64
+import binascii
+import json
+import tarfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+from openblip.data.samples import Caption, CaptionSource, Sample
+
+IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff"})
+
+OnBad = Callable[[str, str], None]
+
+
+def list_shards(path: str | Path) -> list[Path]:
+    """Return the units in which a data set is read.
+
+    path     a .tar or .jsonl file, a folder of .tar files, or a folder of images
+    Raises ValueError for anything else.
+    """
+    path = Path(path)
+    if path.is_file() and path.suffix in {".tar", ".jsonl"}:
+        return [path]
+    if path.is_dir():
+        tars = sorted(path.glob("*.tar"))
+        if tars:
+            return tars
+        if any(_is_image(file) for file in path.rglob("*")):
+            return [path]
+    raise ValueError(
+        f"{path} is no data set: expected a .tar or .jsonl file, a folder of .tar files, "
+        "or a folder of images"
+    )
+
+
+def read_samples(
+    shard: str | Path, *, default_source: CaptionSource = "web", on_bad: OnBad
+) -> Iterator[Sample]:
+    """Yield the samples of one shard in a fixed order.
+
+    default_source  source of captions that do not state theirs
+    on_bad          called with key and reason for each sample that cannot be used
+    """
+    shard = Path(shard)
+    if shard.is_dir():
+        yield from _read_folder(shard, default_source, on_bad)
+    elif shard.suffix == ".jsonl":
+        yield from _read_jsonl(shard, default_source, on_bad)
+    else:
+        yield from _read_tar(shard, default_source, on_bad)
+
+
+def _read_tar(shard: Path, source: CaptionSource, on_bad: OnBad) -> Iterator[Sample]:
+    """Group consecutive files of one key, as WebDataset does: the key ends at the first dot."""
+    key, parts = "", dict[str, bytes]()
+    try:
+        with tarfile.open(shard, mode="r|*") as tar:
+            for entry in tar:
+                if not entry.isfile():
+                    continue
+                folder, _, name = entry.name.rpartition("/")
+                stem, _, extension = name.partition(".")
+                new_key = f"{folder}/{stem}" if folder else stem
+                file = tar.extractfile(entry)
+                assert file is not None
+                data = file.read()
+                if new_key != key and parts:
+                    yield from _build(key, parts, source, on_bad)
+                    parts = {}
+                key = new_key
+                parts[extension.lower()] = data
+    except (tarfile.TarError, EOFError, OSError) as error:
+        on_bad(key or shard.name, "unreadable_tar" if not key else "truncated_tar")
+        if isinstance(error, OSError) and not isinstance(error, tarfile.TarError) and not key:
+            raise ValueError(f"cannot read shard {shard}: {error}") from error
+        return
+    if parts:
+        yield from _build(key, parts, source, on_bad)
+
+
+def _build(
+    key: str, parts: Mapping[str, bytes], source: CaptionSource, on_bad: OnBad
+) -> Iterator[Sample]:
+    extension = next((name for name in parts if name in IMAGE_EXTENSIONS), None)
+    if extension is None:
+        on_bad(key, "missing_image")
+        return
+    try:
+        captions, meta = _captions(parts.get("json"), parts.get("txt"), source)
+    except ValueError:
+        on_bad(key, "bad_json")
+        return
+    yield Sample(key.replace(".", "_"), parts[extension], captions, meta, extension)
+
+
+def _captions(
+    json_bytes: bytes | None, text_bytes: bytes | None, source: CaptionSource
+) -> tuple[tuple[Caption, ...], dict[str, object]]:
+    captions: tuple[Caption, ...] = ()
+    meta: dict[str, object] = {}
+    if json_bytes is not None:
+        captions, meta = _parse_fields(json.loads(json_bytes), source)
+    if text_bytes is not None and not captions:
+        text = text_bytes.decode("utf-8", errors="replace").strip()
+        captions = (Caption(text, source),) if text else ()
+    return captions, meta
+
+
+def _parse_fields(
+    value: object, source: CaptionSource
+) -> tuple[tuple[Caption, ...], dict[str, object]]:
+    if not isinstance(value, dict):
+        raise ValueError("expected a JSON object")
+    meta = dict(value)
+    given = meta.pop("captions", None)
+    if given is None:
+        one = meta.pop("caption", None)
+        given = [] if one is None else [one]
+    if not isinstance(given, list):
+        raise ValueError("'captions' must be a list")
+    for caption in given:
+        if not isinstance(caption, str | dict):
+            raise ValueError("a caption must be a text or an object")
+    return tuple(Caption.from_json(caption, source) for caption in given), meta
+
+
+def _read_folder(folder: Path, source: CaptionSource, on_bad: OnBad) -> Iterator[Sample]:
+    for path in sorted(file for file in folder.rglob("*") if _is_image(file)):
+        key = path.relative_to(folder).with_suffix("").as_posix().replace(".", "_")
+        try:
+            beside = {
+                kind: path.with_suffix(f".{kind}").read_bytes()
+                for kind in ("json", "txt")
+                if path.with_suffix(f".{kind}").is_file()
+            }
+            image = path.read_bytes()
+        except OSError:
+            on_bad(key, "unreadable_file")
+            continue
+        yield from _build(key, {path.suffix[1:].lower(): image} | beside, source, on_bad)
+
+
+def _read_jsonl(shard: Path, source: CaptionSource, on_bad: OnBad) -> Iterator[Sample]:
+    with shard.open(encoding="utf-8", errors="replace") as lines:
+        for number, line in enumerate(lines, start=1):
+            key = f"{shard.stem}_{number:08d}"
+            if not line.strip():
+                continue
+            try:
+                captions, meta = _parse_fields(json.loads(line), source)
+            except ValueError:
+                on_bad(key, "bad_json")
+                continue
+            key = str(meta.pop("key", key)).replace(".", "_")
+            path, encoded = meta.pop("image", None), meta.pop("image_base64", None)
+            try:
+                if isinstance(path, str):
+                    image = (shard.parent / path).read_bytes()
+                    extension = Path(path).suffix[1:].lower() or "jpg"
+                elif isinstance(encoded, str):
+                    image, extension = base64.b64decode(encoded, validate=True), "jpg"
+                else:
+                    on_bad(key, "missing_image")
+                    continue
+            except OSError:
+                on_bad(key, "missing_image")
+                continue
+            except binascii.Error:
+                on_bad(key, "bad_base64")
+                continue
+            yield Sample(key, image, captions, meta, extension)
+
+
+def _is_image(path: Path) -> bool:
+    return path.suffix[1:].lower() in IMAGE_EXTENSIONS and path.is_file()

@@ -1,0 +1,244 @@
+"""A drawn world: two coloured objects, their relation and a background, with captions and noise.
+
+Everything is known about it, so it says whether CapFilt works. Three sets, all drawn from one seed:
+`web` (one caption per image, some of them wrong, each truth in the sample's meta), `human` (clean,
+several captions per image) and `test` (clean, held out: no scene of it is in the others).
+"""
+
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from openblip.data.samples import Caption, Sample
+from openblip.data.sinks import ShardWriter
+
+COLORS = {
+    "red": (220, 30, 30),
+    "green": (30, 170, 50),
+    "blue": (40, 70, 230),
+    "yellow": (245, 220, 30),
+    "purple": (150, 40, 190),
+}
+SHAPES = ("circle", "square", "triangle", "cross")
+SIZES = ("small", "big")
+RELATIONS = ("left of", "above")
+BACKGROUNDS = {"black": (15, 15, 15), "gray": (128, 128, 128), "white": (245, 245, 245)}
+
+NoiseKind = Literal["none", "other_caption", "wrong_attribute", "alt_text"]
+
+_OVERSAMPLING = 4
+_SAMPLES_PER_SHARD = 1000
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Two objects: the first stands `relation` the second."""
+
+    first_color: str
+    first_shape: str
+    first_size: str
+    second_color: str
+    second_shape: str
+    second_size: str
+    relation: str
+    background: str
+
+
+_CHOICES: dict[str, Sequence[str]] = {
+    "first_color": tuple(COLORS),
+    "first_shape": SHAPES,
+    "first_size": SIZES,
+    "second_color": tuple(COLORS),
+    "second_shape": SHAPES,
+    "second_size": SIZES,
+    "relation": RELATIONS,
+    "background": tuple(BACKGROUNDS),
+}
+
+
+@dataclass(frozen=True)
+class WorldConfig:
+    """Sizes of the three sets and how noisy the web is.
+
+    noise_rate       share of web captions that are wrong, the three kinds in equal parts
+    human_captions   captions per human image; test images have as many
+    """
+
+    image_size_px: int = 32
+    num_web: int = 4000
+    num_human: int = 800
+    num_test: int = 500
+    human_captions: int = 3
+    noise_rate: float = 0.5
+    seed: int = 0
+
+
+def draw_world(config: WorldConfig, folder: Path) -> None:
+    """Write `folder`/web, /human and /test as tar shards."""
+    rng = np.random.default_rng(config.seed)
+    test_scenes = list(dict.fromkeys(_draw_scene(rng) for _ in range(4 * config.num_test)))
+    test_scenes = test_scenes[: config.num_test]
+    held_out = set(test_scenes)
+    web_scenes = _scenes_without(held_out, config.num_web, rng)
+    human_scenes = _scenes_without(held_out, config.num_human, rng)
+    _write(folder / "web", _web_samples(web_scenes, config, rng))
+    for name, scenes in (("human", human_scenes), ("test", test_scenes)):
+        samples = []
+        for index, scene in enumerate(scenes):
+            texts = [describe(scene, rng) for _ in range(config.human_captions)]
+            captions = tuple(Caption(text, "human") for text in texts)
+            image = draw_scene(scene, config.image_size_px, rng)
+            samples.append(Sample(f"{name}_{index:06d}", image, captions))
+        _write(folder / name, samples)
+
+
+def draw_scene(scene: Scene, size_px: int, rng: np.random.Generator) -> bytes:
+    """Draw a scene, with its objects a little off their places, and return it as JPEG."""
+    side = size_px * _OVERSAMPLING
+    image = Image.new("RGB", (side, side), BACKGROUNDS[scene.background])
+    draw = ImageDraw.Draw(image)
+    is_beside = scene.relation == "left of"
+    objects = (
+        (scene.first_color, scene.first_shape, scene.first_size, 0.27),
+        (scene.second_color, scene.second_shape, scene.second_size, 0.73),
+    )
+    for color, shape, size, along in objects:
+        radius = side * (0.21 if size == "big" else 0.12)
+        x, y = (along, 0.5) if is_beside else (0.5, along)
+        shift_x, shift_y = rng.uniform(-0.03, 0.03, size=2)
+        _draw_shape(draw, shape, COLORS[color], side * (x + shift_x), side * (y + shift_y), radius)
+    image = image.resize((size_px, size_px), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=92, subsampling=0)
+    return buffer.getvalue()
+
+
+def describe(scene: Scene, rng: np.random.Generator) -> str:
+    """Return one of many true captions: objects always, sizes and background often."""
+
+    def noun(color: str, shape: str, size: str, has_size: bool) -> str:
+        return f"a {size} {color} {shape}" if has_size else f"a {color} {shape}"
+
+    first = noun(scene.first_color, scene.first_shape, scene.first_size, rng.random() < 0.7)
+    second = noun(scene.second_color, scene.second_shape, scene.second_size, rng.random() < 0.7)
+    relation, opposite = scene.relation, {"left of": "right of", "above": "below"}[scene.relation]
+    if rng.random() < 0.5:
+        body = f"{first} {relation} {second}"
+    else:
+        body = f"{second} {opposite} {first}"
+    ground = scene.background
+    endings = (f" on a {ground} background", f" on {ground}", "", "")
+    return body + endings[int(rng.integers(len(endings)))]
+
+
+def _draw_scene(rng: np.random.Generator) -> Scene:
+    while True:
+        scene = Scene(**{name: str(rng.choice(values)) for name, values in _CHOICES.items()})
+        # Two objects alike would make "left of" and "right of" both true.
+        if (scene.first_color, scene.first_shape) != (scene.second_color, scene.second_shape):
+            return scene
+
+
+def _scenes_without(held_out: set[Scene], num: int, rng: np.random.Generator) -> list[Scene]:
+    scenes: list[Scene] = []
+    while len(scenes) < num:
+        scene = _draw_scene(rng)
+        if scene not in held_out:
+            scenes.append(scene)
+    return scenes
+
+
+def _web_samples(
+    scenes: Sequence[Scene], config: WorldConfig, rng: np.random.Generator
+) -> list[Sample]:
+    kinds: tuple[NoiseKind, ...] = ("other_caption", "wrong_attribute", "alt_text")
+    samples = []
+    for index, scene in enumerate(scenes):
+        true_text = describe(scene, rng)
+        kind: NoiseKind = "none"
+        text = true_text
+        if rng.random() < config.noise_rate:
+            kind = kinds[int(rng.integers(len(kinds)))]
+            text = _spoil(kind, scene, scenes, rng)
+        image = draw_scene(scene, config.image_size_px, rng)
+        meta = {"noise": kind, "true_caption": true_text}
+        samples.append(Sample(f"web_{index:06d}", image, (Caption(text, "web"),), meta))
+    return samples
+
+
+def _spoil(kind: NoiseKind, scene: Scene, scenes: Sequence[Scene], rng: np.random.Generator) -> str:
+    """Return a text that is wrong for the scene in the way of `kind`."""
+    match kind:
+        case "other_caption":
+            other = scene
+            while (other.first_color, other.first_shape) == (scene.first_color, scene.first_shape):
+                other = scenes[int(rng.integers(len(scenes)))]
+            return describe(other, rng)
+        case "wrong_attribute":
+            # What a caption always tells, so that the text is wrong whichever template it takes.
+            told = ("first_color", "first_shape", "second_color", "second_shape")
+            while True:
+                name = told[int(rng.integers(len(told)))]
+                value = str(rng.choice([v for v in _CHOICES[name] if v != getattr(scene, name)]))
+                wrong = replace(scene, **{name: value})
+                if (wrong.first_color, wrong.first_shape) != (
+                    wrong.second_color,
+                    wrong.second_shape,
+                ):
+                    return describe(wrong, rng)
+        case "alt_text":
+            number = int(rng.integers(1000, 10000))
+            words = ("image", "photo", "banner", "stock", "download", "free", "wallpaper", "icon")
+            first, second = rng.choice(words, size=2, replace=False)
+            templates = (
+                f"img {number} jpg",
+                f"{first} {second} {number}",
+                f"{first} for sale best price",
+                f"click to enlarge {first}",
+                f"{first} {second} hd",
+            )
+            return templates[int(rng.integers(len(templates)))]
+        case _:
+            raise AssertionError(kind)
+
+
+def _draw_shape(
+    draw: ImageDraw.ImageDraw,
+    shape: str,
+    color: tuple[int, int, int],
+    x: float,
+    y: float,
+    radius: float,
+) -> None:
+    box = (x - radius, y - radius, x + radius, y + radius)
+    match shape:
+        case "circle":
+            draw.ellipse(box, fill=color)
+        case "square":
+            inner = 0.88 * radius
+            draw.rectangle((x - inner, y - inner, x + inner, y + inner), fill=color)
+        case "triangle":
+            angles = (-math.pi / 2, math.pi / 6, 5 * math.pi / 6)
+            corners = [
+                (x + 1.15 * radius * math.cos(a), y + 1.15 * radius * math.sin(a)) for a in angles
+            ]
+            draw.polygon(corners, fill=color)
+        case "cross":
+            arm = 0.36 * radius
+            draw.rectangle((x - radius, y - arm, x + radius, y + arm), fill=color)
+            draw.rectangle((x - arm, y - radius, x + arm, y + radius), fill=color)
+        case _:
+            raise AssertionError(shape)
+
+
+def _write(folder: Path, samples: Sequence[Sample]) -> None:
+    for start in range(0, len(samples), _SAMPLES_PER_SHARD):
+        with ShardWriter(folder / f"{start // _SAMPLES_PER_SHARD:05d}.tar") as writer:
+            for sample in samples[start : start + _SAMPLES_PER_SHARD]:
+                writer.write(sample)

@@ -1,0 +1,100 @@
+"""Captioning: the image-grounded decoder alone, on human captions behind a prompt (BLIP sec. 5.2)."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from pydantic import Field
+
+from openblip.captions import DEFAULT_PROMPT
+from openblip.config import Recipe
+from openblip.data.batches import ImageTextBatch
+from openblip.data.stream import PairStream
+from openblip.images import TrainTransform
+from openblip.losses import lm_loss
+from openblip.models.blip import Blip
+from openblip.tokenizer import Tokenizer
+from openblip.training.loop import Precision, StepOutput, TrainingStep, fit
+from openblip.training.optim import OptimizerRecipe
+
+
+class CaptioningRecipe(Recipe):
+    """One captioning run; the defaults are the released code's."""
+
+    optimizer: OptimizerRecipe = OptimizerRecipe(lr=1e-5, min_lr=0.0)
+    num_steps: int = Field(10_000, ge=1)
+    batch_size: int = Field(256, ge=1)
+    max_tokens: int = Field(40, ge=3)
+    prompt: str = DEFAULT_PROMPT
+    label_smoothing: float = Field(0.1, ge=0, lt=1)
+    min_crop_scale: float = Field(0.5, gt=0, le=1)
+    randaugment_ops: int = Field(2, ge=0)
+    randaugment_magnitude: int = Field(5, ge=0, le=10)
+    flip: bool = True
+    precision: Precision = "float32"
+    seed: int = 42
+
+
+class CaptioningStep(TrainingStep):
+    """LM of a batch; the prompt is given, not predicted."""
+
+    def __init__(self, blip: Blip, prompt_length: int, label_smoothing: float) -> None:
+        super().__init__()
+        self.blip = blip
+        self.prompt_length = prompt_length
+        self.label_smoothing = label_smoothing
+
+    def forward(self, batch: ImageTextBatch, step: int) -> StepOutput:
+        context = self.blip.project_context(self.blip.encode_image(batch.images))
+        lm = lm_loss(
+            self.blip.decode(batch.token_ids, batch.text_mask, context),
+            batch.token_ids,
+            batch.text_mask,
+            prompt_length=self.prompt_length,
+            label_smoothing=self.label_smoothing,
+        )
+        return StepOutput(lm, {"loss": lm.detach()})
+
+    def after_optimizer_step(self, output: StepOutput) -> None:
+        """Write nothing: captioning has neither twin nor queue."""
+
+
+def finetune_captioning(
+    recipe: CaptioningRecipe,
+    blip: Blip,
+    data: Sequence[Path],
+    tokenizer: Tokenizer,
+    *,
+    log_path: Path,
+    title: str = "captioner",
+) -> Blip:
+    """Train a model with the role `decode` in place and return it."""
+    torch.manual_seed(recipe.seed)
+    size_px = blip.config.vision.image_size_px
+    stream = PairStream(
+        paths=data,
+        tokenizer=tokenizer,
+        transform=TrainTransform(
+            size_px,
+            recipe.min_crop_scale,
+            recipe.randaugment_ops,
+            recipe.randaugment_magnitude,
+            recipe.flip,
+        ),
+        batch_size=recipe.batch_size,
+        max_tokens=recipe.max_tokens,
+        seed=recipe.seed,
+        prefix=recipe.prompt,
+    )
+    # [CLS] stands where [DEC] will; [SEP] ends the encoded prompt and is no part of it.
+    prompt_length = len(tokenizer.encode(recipe.prompt)) - 1
+    fit(
+        CaptioningStep(blip, prompt_length, recipe.label_smoothing),
+        iter(stream),
+        recipe.optimizer,
+        num_steps=recipe.num_steps,
+        title=title,
+        log_path=log_path,
+        precision=recipe.precision,
+    )
+    return blip

@@ -1,0 +1,110 @@
+"""Image-text retrieval: ITC and ITM on human captions; CapFilt's filter is this (BLIP sec. 5.1)."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from pydantic import Field
+
+from openblip.config import Recipe
+from openblip.data.batches import ImageTextBatch
+from openblip.data.stream import PairStream
+from openblip.images import TrainTransform
+from openblip.models.blip import Blip
+from openblip.tokenizer import Tokenizer
+from openblip.training.alignment import Alignment, AlignmentConfig
+from openblip.training.loop import Precision, StepOutput, TrainingStep, fit
+from openblip.training.optim import OptimizerRecipe
+
+
+class RetrievalRecipe(Recipe):
+    """One retrieval run; the defaults are the released code's."""
+
+    optimizer: OptimizerRecipe = OptimizerRecipe(lr=1e-5, min_lr=0.0)
+    num_steps: int = Field(10_000, ge=1)
+    batch_size: int = Field(256, ge=2)
+    max_tokens: int = Field(35, ge=3)
+    max_words: int = Field(30, ge=1)
+    soft_target_weight: float = Field(0.4, ge=0, le=1)
+    soft_target_ramp_steps: int = Field(0, ge=0)
+    alignment: AlignmentConfig = AlignmentConfig(positives="image", mining="online")
+    min_crop_scale: float = Field(0.5, gt=0, le=1)
+    randaugment_ops: int = Field(2, ge=0)
+    randaugment_magnitude: int = Field(5, ge=0, le=10)
+    flip: bool = True
+    precision: Precision = "float32"
+    seed: int = 42
+
+
+class RetrievalStep(TrainingStep):
+    """ITC + ITM of a batch."""
+
+    def __init__(self, blip: Blip, recipe: RetrievalRecipe) -> None:
+        super().__init__()
+        self.blip = blip
+        self.recipe = recipe
+        self.alignment = Alignment(blip, recipe.alignment)
+
+    def forward(self, batch: ImageTextBatch, step: int) -> StepOutput:
+        ramp = min(1.0, step / max(1, self.recipe.soft_target_ramp_steps))
+        image_states = self.blip.encode_image(batch.images)
+        aligned = self.alignment(
+            self.blip,
+            batch.images,
+            image_states,
+            self.blip.project_context(image_states),
+            batch.token_ids,
+            batch.text_mask,
+            batch.image_ids,
+            batch.text_ids,
+            self.recipe.soft_target_weight * ramp,
+        )
+        total = aligned.itc + aligned.itm
+        measures: dict[str, torch.Tensor | float] = {
+            "loss": total.detach(),
+            "itc": aligned.itc.detach(),
+            "itm": aligned.itm.detach(),
+            "without_negative": float(aligned.num_without_negative),
+        }
+        return StepOutput(total, measures, (aligned.entries,))
+
+    def after_optimizer_step(self, output: StepOutput) -> None:
+        self.alignment.after_optimizer_step(self.blip, list(output.entries))
+
+
+def finetune_retrieval(
+    recipe: RetrievalRecipe,
+    blip: Blip,
+    data: Sequence[Path],
+    tokenizer: Tokenizer,
+    *,
+    log_path: Path,
+    title: str = "filter",
+) -> Blip:
+    """Train a model with the roles `text` and `pair` in place and return it."""
+    torch.manual_seed(recipe.seed)
+    stream = PairStream(
+        paths=data,
+        tokenizer=tokenizer,
+        transform=TrainTransform(
+            blip.config.vision.image_size_px,
+            recipe.min_crop_scale,
+            recipe.randaugment_ops,
+            recipe.randaugment_magnitude,
+            recipe.flip,
+        ),
+        batch_size=recipe.batch_size,
+        max_tokens=recipe.max_tokens,
+        max_words=recipe.max_words,
+        seed=recipe.seed,
+    )
+    fit(
+        RetrievalStep(blip, recipe),
+        iter(stream),
+        recipe.optimizer,
+        num_steps=recipe.num_steps,
+        title=title,
+        log_path=log_path,
+        precision=recipe.precision,
+    )
+    return blip

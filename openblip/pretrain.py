@@ -1,0 +1,185 @@
+"""Pre-training: ITC, ITM and LM together on image-text pairs (BLIP sec. 3.2)."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from pydantic import Field
+
+from openblip.config import Recipe
+from openblip.data.batches import ImageTextBatch
+from openblip.data.stream import PairStream
+from openblip.images import TrainTransform
+from openblip.losses import lm_loss
+from openblip.models.blip import Blip, BlipConfig
+from openblip.models.text import MedConfig
+from openblip.models.vision import VisionConfig
+from openblip.tokenizer import Tokenizer
+from openblip.training.alignment import Alignment, AlignmentConfig
+from openblip.training.loop import Precision, StepOutput, TrainingStep, fit
+from openblip.training.optim import OptimizerRecipe
+
+
+class ModelRecipe(Recipe):
+    """Sizes of a new model; the defaults are the paper's base size at 224 px."""
+
+    image_size_px: int = 224
+    patch_size_px: int = 16
+    vision_width: int = 768
+    vision_layers: int = 12
+    vision_heads: int = 12
+    drop_path: float = 0.0
+    text_width: int = 768
+    text_layers: int = 12
+    text_heads: int = 12
+    ffn_width: int = 3072
+    max_positions: int = 512
+    dropout: float = 0.1
+    embedding_width: int = 256
+    init_std: float = 0.02
+
+    def build_config(self, tokenizer: Tokenizer) -> BlipConfig:
+        """Return the configuration of this size over a tokenizer's vocabulary."""
+        return BlipConfig(
+            vision=VisionConfig(
+                image_size_px=self.image_size_px,
+                patch_size_px=self.patch_size_px,
+                width=self.vision_width,
+                num_layers=self.vision_layers,
+                num_heads=self.vision_heads,
+                drop_path=self.drop_path,
+                init_std=self.init_std,
+            ),
+            text=MedConfig(
+                vocab_size=tokenizer.vocab_size,
+                width=self.text_width,
+                num_layers=self.text_layers,
+                num_heads=self.text_heads,
+                ffn_width=self.ffn_width,
+                max_positions=self.max_positions,
+                context_width=self.vision_width,
+                dropout=self.dropout,
+                init_std=self.init_std,
+            ),
+            tokens=tokenizer.special,
+            embedding_width=self.embedding_width,
+        )
+
+
+class ObjectiveRecipe(Recipe):
+    """Weights of the losses, and the momentum twin's share of the ITC targets."""
+
+    itc_weight: float = Field(1.0, ge=0)
+    itm_weight: float = Field(1.0, ge=0)
+    lm_weight: float = Field(1.0, ge=0)
+    label_smoothing: float = Field(0.1, ge=0, lt=1)
+    soft_target_weight: float = Field(0.4, ge=0, le=1)
+    soft_target_ramp_steps: int = Field(0, ge=0)
+    alignment: AlignmentConfig = AlignmentConfig()
+
+    def soft_target_weight_at(self, step: int) -> float:
+        """Return the weight at a step: from 0 in a straight line over the ramp."""
+        if step >= self.soft_target_ramp_steps:
+            return self.soft_target_weight
+        return self.soft_target_weight * step / self.soft_target_ramp_steps
+
+
+class PretrainRecipe(Recipe):
+    """One pre-training run; the defaults are the paper's."""
+
+    model: ModelRecipe = ModelRecipe()
+    objective: ObjectiveRecipe = ObjectiveRecipe()
+    optimizer: OptimizerRecipe = OptimizerRecipe(warmup_steps=3000)
+    num_steps: int = Field(100_000, ge=1)
+    batch_size: int = Field(64, ge=2)
+    max_tokens: int = Field(30, ge=3)
+    max_words: int = Field(30, ge=1)
+    min_crop_scale: float = Field(0.2, gt=0, le=1)
+    randaugment_ops: int = Field(2, ge=0)
+    randaugment_magnitude: int = Field(5, ge=0, le=10)
+    flip: bool = True
+    precision: Precision = "float32"
+    seed: int = 42
+
+
+class PretrainStep(TrainingStep):
+    """ITC + ITM + LM of a batch, the image encoded once."""
+
+    def __init__(self, blip: Blip, objective: ObjectiveRecipe) -> None:
+        super().__init__()
+        self.blip = blip
+        self.objective = objective
+        self.alignment = Alignment(blip, objective.alignment)
+
+    def forward(self, batch: ImageTextBatch, step: int) -> StepOutput:
+        blip, objective = self.blip, self.objective
+        image_states = blip.encode_image(batch.images)
+        context = blip.project_context(image_states)
+        aligned = self.alignment(
+            blip,
+            batch.images,
+            image_states,
+            context,
+            batch.token_ids,
+            batch.text_mask,
+            batch.image_ids,
+            batch.text_ids,
+            objective.soft_target_weight_at(step),
+        )
+        logits = blip.decode(batch.token_ids, batch.text_mask, context)
+        lm = lm_loss(
+            logits, batch.token_ids, batch.text_mask, label_smoothing=objective.label_smoothing
+        )
+        total = (
+            objective.itc_weight * aligned.itc
+            + objective.itm_weight * aligned.itm
+            + objective.lm_weight * lm
+        )
+        measures = {"loss": total, "itc": aligned.itc, "itm": aligned.itm, "lm": lm}
+        detached = {name: value.detach() for name, value in measures.items()}
+        return StepOutput(total, detached, (aligned.entries,))
+
+    def after_optimizer_step(self, output: StepOutput) -> None:
+        self.alignment.after_optimizer_step(self.blip, list(output.entries))
+
+
+def pretrain(
+    recipe: PretrainRecipe,
+    data: Sequence[Path],
+    tokenizer: Tokenizer,
+    *,
+    log_path: Path,
+    title: str = "pre-training",
+) -> Blip:
+    """Train a new model on the kept captions of `data` and return it.
+
+    data       tar shards, folders of them, image folders or JSONL files
+    log_path   JSONL file of losses
+    """
+    torch.manual_seed(recipe.seed)
+    blip = Blip(recipe.model.build_config(tokenizer))
+    stream = PairStream(
+        paths=data,
+        tokenizer=tokenizer,
+        transform=TrainTransform(
+            recipe.model.image_size_px,
+            recipe.min_crop_scale,
+            recipe.randaugment_ops,
+            recipe.randaugment_magnitude,
+            recipe.flip,
+        ),
+        batch_size=recipe.batch_size,
+        max_tokens=recipe.max_tokens,
+        max_words=recipe.max_words,
+        seed=recipe.seed,
+    )
+    fit(
+        PretrainStep(blip, recipe.objective),
+        iter(stream),
+        recipe.optimizer,
+        num_steps=recipe.num_steps,
+        title=title,
+        log_path=log_path,
+        precision=recipe.precision,
+    )
+    return blip

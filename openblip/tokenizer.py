@@ -1,0 +1,132 @@
+"""WordPiece with BLIP's two extra tokens: [DEC] opens what is decoded, [ENC] a judged pair.
+
+Letters: B texts, L tokens.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer as RawTokenizer
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+from torch import Tensor
+
+from openblip.models.text import SpecialTokens
+
+BASE_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+BLIP_TOKENS = ("[DEC]", "[ENC]")
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """token_ids, text_mask (B, L) int64, mask 1 = real token; num_truncated texts were cut."""
+
+    token_ids: Tensor
+    text_mask: Tensor
+    num_truncated: int
+
+
+class Tokenizer:
+    """Lower-casing BERT WordPiece. `special` holds the ids that a model must know."""
+
+    def __init__(self, raw: RawTokenizer) -> None:
+        missing = [t for t in (*BASE_TOKENS[:4], *BLIP_TOKENS) if raw.token_to_id(t) is None]
+        if missing:
+            raise ValueError(f"the vocabulary lacks {', '.join(missing)}")
+        self._raw = raw
+        pad, cls, sep, dec, enc = (
+            raw.token_to_id(t) for t in ("[PAD]", "[CLS]", "[SEP]", *BLIP_TOKENS)
+        )
+        self.special = SpecialTokens(pad=pad, cls=cls, sep=sep, dec=dec, enc=enc)
+        self._skipped = {raw.token_to_id(t) for t in (*BASE_TOKENS, *BLIP_TOKENS)}
+        self.vocab_size = raw.get_vocab_size()
+
+    @classmethod
+    def from_vocabulary(cls, words: Sequence[str]) -> "Tokenizer":
+        """Build from a BERT vocabulary in the order of its ids; adds [DEC] and [ENC] at its end.
+
+        Raises ValueError for repeated words or missing special tokens.
+        """
+        ids = {word: index for index, word in enumerate(words)}
+        if len(ids) != len(words):
+            raise ValueError("the vocabulary repeats words")
+        for token in BLIP_TOKENS:
+            ids.setdefault(token, len(ids))
+        return cls(_wordpiece(models.WordPiece(ids, unk_token="[UNK]")))
+
+    @classmethod
+    def train(
+        cls, texts: Iterable[str], *, vocab_size: int = 30_524, min_frequency: int = 2
+    ) -> "Tokenizer":
+        """Learn a WordPiece vocabulary of at most `vocab_size` from any texts, in any language."""
+        raw = _wordpiece(models.WordPiece(unk_token="[UNK]"))
+        trainer = trainers.WordPieceTrainer(
+            vocab_size=vocab_size - len(BLIP_TOKENS),
+            min_frequency=min_frequency,
+            special_tokens=list(BASE_TOKENS),
+            show_progress=False,
+        )
+        raw.train_from_iterator(texts, trainer)
+        words = sorted(raw.get_vocab().items(), key=lambda item: item[1])
+        return cls.from_vocabulary([word for word, _ in words])
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Tokenizer":
+        """Read a `tokenizer.json`. Raises ValueError if there is none or it lacks [DEC] or [ENC]."""
+        if not Path(path).is_file():
+            raise ValueError(f"no tokenizer at {path}")
+        return cls(RawTokenizer.from_file(str(path)))
+
+    def save(self, path: str | Path) -> None:
+        """Write a `tokenizer.json`."""
+        self._raw.save(str(path))
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of one text, [CLS] to [SEP]."""
+        ids: list[int] = self._raw.encode(text).ids
+        return ids
+
+    def encode_batch(
+        self, texts: Sequence[str], *, max_tokens: int, pad_to: int | None = None
+    ) -> TokenBatch:
+        """Encode texts, cut to `max_tokens` with their [SEP] kept, padded to the longest.
+
+        pad_to   pad to this length instead
+        Raises ValueError if max_tokens leaves no room between [CLS] and [SEP].
+        """
+        if max_tokens < 3:
+            raise ValueError(f"max_tokens {max_tokens} must be at least 3")
+        rows = [encoding.ids for encoding in self._raw.encode_batch(list(texts))]
+        cut = [
+            row if len(row) <= max_tokens else [*row[: max_tokens - 1], self.special.sep]
+            for row in rows
+        ]
+        length = pad_to or max((len(row) for row in cut), default=0)
+        token_ids = torch.full((len(cut), length), self.special.pad)
+        text_mask = torch.zeros_like(token_ids)
+        for index, row in enumerate(cut):
+            token_ids[index, : len(row)] = torch.tensor(row)
+            text_mask[index, : len(row)] = 1
+        num_truncated = sum(len(row) > max_tokens for row in rows)
+        return TokenBatch(token_ids, text_mask, num_truncated)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Return the text of ids without special tokens, spaces before punctuation removed."""
+        kept = [int(i) for i in token_ids if int(i) not in self._skipped]
+        text: str = self._raw.decode(kept)
+        return text
+
+
+def _wordpiece(model: models.WordPiece) -> RawTokenizer:
+    raw = RawTokenizer(model)
+    raw.normalizer = normalizers.BertNormalizer(lowercase=True)
+    raw.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    raw.decoder = decoders.WordPiece(prefix="##", cleanup=True)
+    vocabulary = raw.get_vocab()
+    if "[SEP]" in vocabulary and "[CLS]" in vocabulary:
+        raw.add_special_tokens([t for t in (*BASE_TOKENS, *BLIP_TOKENS) if t in vocabulary])
+        raw.post_processor = processors.BertProcessing(
+            ("[SEP]", vocabulary["[SEP]"]), ("[CLS]", vocabulary["[CLS]"])
+        )
+    return raw

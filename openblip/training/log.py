@@ -1,0 +1,90 @@
+"""What long work tells: a progress line with rate and time left, and a JSONL file of measures."""
+
+import json
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import IO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+PLAIN_INTERVAL_S = 15.0
+
+
+class ProgressLine:
+    """Progress of `total` units on stderr: a rich bar on a terminal, plain lines elsewhere."""
+
+    def __init__(self, title: str, total: int, unit: str = "steps") -> None:
+        self.title, self.total, self.unit = title, total, unit
+        self.done = 0
+        self._start = self._last = time.monotonic()
+        self._bar: Progress | None = None
+
+    def __enter__(self) -> "ProgressLine":
+        if sys.stderr.isatty():
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[rate]}"),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}"),
+                console=Console(stderr=True),
+            )
+            self._task = self._bar.add_task(self.title, total=self.total, rate="", note="")
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+        elif kind is None:
+            self._print("")
+
+    def advance(self, num: int = 1, note: str = "") -> None:
+        """Count `num` more units as done; `note` says what is worth watching."""
+        self.done += num
+        if self._bar is not None:
+            rate = f"{self._rate():.1f} {self.unit}/s"
+            self._bar.update(self._task, completed=self.done, rate=rate, note=note)
+        elif time.monotonic() - self._last >= PLAIN_INTERVAL_S:
+            self._print(note)
+            self._last = time.monotonic()
+
+    def _rate(self) -> float:
+        return self.done / max(1e-9, time.monotonic() - self._start)
+
+    def _print(self, note: str) -> None:
+        left = (self.total - self.done) / max(1e-9, self._rate())
+        print(
+            f"{self.title}: {self.done}/{self.total} {self.unit}, {self._rate():.1f}/s, "
+            f"{left:.0f} s left {note}".rstrip(),
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+class MeasureFile:
+    """A JSONL file with one object per logged step; starts anew each time it is opened."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __enter__(self) -> "MeasureFile":
+        self._file: IO[str] = self._path.open("w", encoding="utf-8")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def write(self, measures: Mapping[str, float]) -> None:
+        self._file.write(json.dumps(measures) + "\n")
+        self._file.flush()

@@ -1,0 +1,210 @@
+"""Three pre-training steps of the official code, number by number."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.testing import assert_close
+
+from openblip.convert import from_official, official_names, to_official
+from openblip.losses import lm_loss
+from openblip.models.blip import Blip
+from openblip.training.alignment import Alignment, AlignmentConfig
+from openblip.training.momentum import MomentumTwin
+
+
+def argmax(weights: Tensor) -> Tensor:
+    return weights.argmax(dim=1)
+
+
+def load_twin(twin: MomentumTwin, blip: Blip, tensors: dict[str, Tensor]) -> None:
+    """Give the twin the reference's momentum weights, which start beside the online ones."""
+    names = momentum_names(twin, blip)
+    twin.load_state_dict(from_official(tensors, names))
+
+
+def momentum_names(twin: MomentumTwin, blip: Blip) -> dict[str, list[str]]:
+    config = blip.config.with_roles(frozenset({"text"}))
+    ours = {name for name, _ in twin.named_parameters()}
+    renamed = {
+        "visual_encoder": "visual_encoder_m",
+        "text_encoder": "text_encoder_m",
+        "vision_proj": "vision_proj_m",
+        "text_proj": "text_proj_m",
+    }
+    names = {}
+    for name, parts in official_names(config).items():
+        if name in ours:
+            heads = [part.split(".", 1) for part in parts]
+            names[name] = [f"{renamed[head]}.{rest}" for head, rest in heads]
+    return names
+
+
+def build(reference: Path, blip: Blip, positives: str, mining: str, momentum: float) -> Alignment:
+    tensors = load_file(reference / "pretrain_init.safetensors")
+    config = AlignmentConfig(
+        positives=positives,
+        mining=mining,
+        queue_size=tensors["image_queue"].shape[1],
+        momentum=momentum,
+    )
+    alignment = Alignment(blip, config)
+    load_twin(alignment.twin, blip, tensors)
+    alignment.queue.image_embedding.copy_(tensors["image_queue"].T)
+    alignment.queue.text_embedding.copy_(tensors["text_queue"].T)
+    blip.clamp_temperature()
+    alignment.twin.update(blip)
+    return alignment
+
+
+def test_three_steps(reference: Path, official_blip, reference_config) -> None:
+    blip = official_blip()
+    alignment = build(reference, blip, "pair", "momentum", reference_config["momentum"])
+    batches = load_file(reference / "pretrain_batches.safetensors")
+    expected = load_file(reference / "pretrain_expected.safetensors")
+    facts = json.loads((reference / "pretrain.json").read_text())
+    names = official_names(blip.config)
+    optimizer = torch.optim.AdamW(
+        blip.parameters(),
+        lr=facts["optimizer"]["lr"],
+        weight_decay=facts["optimizer"]["weight_decay"],
+    )
+    num_compared = 0
+    for index, step in enumerate(facts["steps"]):
+        images = batches[f"step{index}.images"]
+        token_ids = batches[f"step{index}.input_ids"]
+        text_mask = batches[f"step{index}.attention_mask"]
+        ids = torch.arange(images.shape[0]) + 1000 * index
+        image_states = blip.encode_image(images)
+        context = blip.project_context(image_states)
+        output = alignment(
+            blip, images, image_states, context, token_ids, text_mask, ids, ids,
+            step["alpha"], argmax,
+        )  # fmt: skip
+        logits = blip.decode(token_ids, text_mask, context)
+        lm = lm_loss(logits, token_ids, text_mask)
+        for name, value in (("ita", output.itc), ("itm", output.itm), ("lm", lm)):
+            assert value.item() == pytest.approx(step[f"loss_{name}"], rel=1e-5), (index, name)
+        optimizer.zero_grad()
+        (output.itc + output.itm + lm).backward()
+        if index == 0:
+            assert_close(image_states, expected["step0.local.image_embeds"], atol=1e-5, rtol=1e-5)
+            entries = output.entries
+            assert_close(
+                entries.image_embedding, expected["step0.local.image_feat_m"], atol=1e-5, rtol=0
+            )
+            assert_close(
+                entries.text_embedding, expected["step0.local.text_feat_m"], atol=1e-5, rtol=0
+            )
+            assert_close(
+                output.match_logits, expected["step0.local.vl_output"], atol=1e-5, rtol=1e-5
+            )
+            real = text_mask.bool()
+            # The reference is itself 1.3e-5 from its float64 value here: post-norm LayerNorms
+            # and the unscaled word embedding amplify rounding.
+            assert_close(logits[real], expected["step0.lm_logits"][real], atol=5e-5, rtol=1e-5)
+            gradients = to_official({k: p.grad for k, p in blip.named_parameters()}, names)
+            reached = {
+                k.removeprefix("step0.grad.") for k in expected if k.startswith("step0.grad.")
+            }
+            for name in reached & set(gradients):
+                assert_close(
+                    gradients[name], expected[f"step0.grad.{name}"].view_as(gradients[name]),
+                    atol=1e-4, rtol=1e-5, msg=lambda text, name=name: f"{name}: {text}",
+                )  # fmt: skip
+                num_compared += 1
+            ours_only = set(gradients) - reached
+            assert not ours_only, ours_only
+            tied = {name for group in facts["tied_parameter_groups"] for name in _flat(group)}
+            assert reached - set(gradients) <= tied, reached - set(gradients) - tied
+        optimizer.step()
+        if index == 0:
+            parameters = to_official(dict(blip.named_parameters()), names)
+            for key in expected:
+                name = key.removeprefix("step0.after_adamw.")
+                if key == name or name not in parameters:
+                    continue
+                moved = expected[f"step0.grad.{name}"].abs() > 1e-5
+                moved = moved.view_as(parameters[name])
+                assert_close(
+                    parameters[name][moved],
+                    expected[key].view_as(parameters[name])[moved], atol=1e-6, rtol=1e-5,
+                )  # fmt: skip
+        if index == len(facts["steps"]) - 1:
+            # The expected twin is that of this step's forward, before this step's update.
+            twin = to_official(
+                dict(alignment.twin.named_parameters()), momentum_names(alignment.twin, blip)
+            )
+            moments = {k: v for k, v in expected.items() if k.startswith(f"step{index}.momentum.")}
+            assert moments
+            for key, value in moments.items():
+                name = key.removeprefix(f"step{index}.momentum.")
+                assert_close(twin[name], value, atol=2e-5, rtol=1e-5)
+        alignment.after_optimizer_step(blip, [output.entries])
+        for kind, queue in (
+            ("image", alignment.queue.image_embedding),
+            ("text", alignment.queue.text_embedding),
+        ):
+            assert_close(queue.T, expected[f"step{index}.{kind}_queue"], atol=1e-5, rtol=0)
+        assert alignment.queue.pointer == expected[f"step{index}.queue_ptr"].item()
+    assert num_compared > 100
+
+
+def _flat(group: object) -> list[str]:
+    if isinstance(group, str):
+        return [group]
+    return [name for item in group for name in _flat(item)]
+
+
+def test_batch_of_two_with_real_draws_and_clamped_temperature(
+    reference: Path, official_blip, reference_config
+) -> None:
+    facts = json.loads((reference / "pretrain.json").read_text())["batch2"]
+    batches = load_file(reference / "pretrain_batches.safetensors")
+    for run in facts["runs"]:
+        blip = official_blip()
+        with torch.no_grad():
+            blip.temperature.fill_(run["temp_set"])
+        alignment = build(reference, blip, "pair", "momentum", reference_config["momentum"])
+        assert blip.temperature.item() == pytest.approx(run["temp_after_forward"], rel=1e-6)
+        images = batches["batch2.images"]
+        token_ids, text_mask = batches["batch2.input_ids"], batches["batch2.attention_mask"]
+        ids = torch.arange(images.shape[0])
+        image_states = blip.encode_image(images)
+        context = blip.project_context(image_states)
+        output = alignment(
+            blip, images, image_states, context, token_ids, text_mask, ids, ids, facts["alpha"]
+        )
+        lm = lm_loss(blip.decode(token_ids, text_mask, context), token_ids, text_mask)
+        for name, value in (("ita", output.itc), ("itm", output.itm), ("lm", lm)):
+            assert value.item() == pytest.approx(run[f"loss_{name}"], rel=1e-5), (run, name)
+
+
+@pytest.mark.parametrize("all_ranks", [False, True])
+def test_retrieval_steps(reference: Path, official_blip, reference_config, all_ranks: bool) -> None:
+    facts = json.loads((reference / "retrieval.json").read_text())
+    batches = load_file(reference / "retrieval_io.safetensors")
+    blip = official_blip(frozenset({"text", "pair"}))
+    alignment = build(reference, blip, "image", "online", reference_config["momentum"])
+    optimizer = torch.optim.AdamW(blip.parameters(), lr=1e-3, weight_decay=0.05)
+    steps = facts[f"train_negative_all_rank_{all_ranks}"]
+    for index, step in enumerate(steps):
+        images = batches[f"step{index}.images"]
+        token_ids = batches[f"step{index}.input_ids"]
+        text_mask = batches[f"step{index}.attention_mask"]
+        ids = batches[f"step{index}.idx"]
+        image_states = blip.encode_image(images)
+        context = blip.project_context(image_states)
+        output = alignment(
+            blip, images, image_states, context, token_ids, text_mask, ids, ids,
+            step["alpha"], argmax,
+        )  # fmt: skip
+        assert output.itc.item() == pytest.approx(step["loss_ita"], rel=1e-5)
+        assert output.itm.item() == pytest.approx(step["loss_itm"], rel=1e-5)
+        optimizer.zero_grad()
+        (output.itc + output.itm).backward()
+        optimizer.step()
+        alignment.after_optimizer_step(blip, [output.entries])
