@@ -73,7 +73,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | Path) -> "Tokenizer":
-        """Read a `tokenizer.json`. Raises ValueError if there is none or it lacks [DEC] or [ENC]."""
+        """Read a `tokenizer.json`. Raises ValueError if it is absent or lacks [DEC] or [ENC]."""
         if not Path(path).is_file():
             raise ValueError(f"no tokenizer at {path}")
         return cls(RawTokenizer.from_file(str(path)))

@@ -1,4 +1,4 @@
-"""What flows through openblip: an image, still encoded, with its captions and what is known of them."""
+"""What flows through openblip: an encoded image, its captions, and what is known of them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields

@@ -128,10 +128,7 @@ def describe(scene: Scene, rng: np.random.Generator) -> str:
     first = noun(scene.first_color, scene.first_shape, scene.first_size, rng.random() < 0.7)
     second = noun(scene.second_color, scene.second_shape, scene.second_size, rng.random() < 0.7)
     relation, opposite = scene.relation, {"left of": "right of", "above": "below"}[scene.relation]
-    if rng.random() < 0.5:
-        body = f"{first} {relation} {second}"
-    else:
-        body = f"{second} {opposite} {first}"
+    body = f"{first} {relation} {second}" if rng.random() < 0.5 else f"{second} {opposite} {first}"
     ground = scene.background
     endings = (f" on a {ground} background", f" on {ground}", "", "")
     return body + endings[int(rng.integers(len(endings)))]

@@ -1,4 +1,4 @@
-"""Captioning: the image-grounded decoder alone, on human captions behind a prompt (BLIP sec. 5.2)."""
+"""Captioning: the decoder alone, on human captions behind a prompt (BLIP sec. 5.2)."""
 
 from collections.abc import Sequence
 from pathlib import Path

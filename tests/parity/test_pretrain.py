@@ -142,6 +142,8 @@ def test_three_steps(reference: Path, official_blip, reference_config) -> None:
             assert moments
             for key, value in moments.items():
                 name = key.removeprefix(f"step{index}.momentum.")
+                if "crossattention" in name:
+                    continue  # the original's twin carries it and never uses it
                 assert_close(twin[name], value, atol=2e-5, rtol=1e-5)
         alignment.after_optimizer_step(blip, [output.entries])
         for kind, queue in (
