@@ -31,14 +31,14 @@ class Tokenizer:
     """Lower-casing BERT WordPiece. `special` holds the ids that a model must know."""
 
     def __init__(self, raw: RawTokenizer) -> None:
-        missing = [t for t in (*BASE_TOKENS[:4], *BLIP_TOKENS) if raw.token_to_id(t) is None]
-        if missing:
-            raise ValueError(f"the vocabulary lacks {', '.join(missing)}")
+        found = {t: raw.token_to_id(t) for t in (*BASE_TOKENS[:4], *BLIP_TOKENS)}
+        ids = {token: number for token, number in found.items() if number is not None}
+        if len(ids) < len(found):
+            raise ValueError(f"the vocabulary lacks {', '.join(sorted(set(found) - set(ids)))}")
         self._raw = raw
-        pad, cls, sep, dec, enc = (
-            raw.token_to_id(t) for t in ("[PAD]", "[CLS]", "[SEP]", *BLIP_TOKENS)
+        self.special = SpecialTokens(
+            pad=ids["[PAD]"], cls=ids["[CLS]"], sep=ids["[SEP]"], dec=ids["[DEC]"], enc=ids["[ENC]"]
         )
-        self.special = SpecialTokens(pad=pad, cls=cls, sep=sep, dec=dec, enc=enc)
         self._skipped = {raw.token_to_id(t) for t in (*BASE_TOKENS, *BLIP_TOKENS)}
         self.vocab_size = raw.get_vocab_size()
 

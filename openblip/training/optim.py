@@ -47,7 +47,8 @@ def build_optimizer(module: nn.Module, recipe: OptimizerRecipe) -> torch.optim.A
 
     Biases, LayerNorms, the temperature and the positions are not decayed unless `decay_all`.
     """
-    decayed, kept = [], []
+    decayed: list[nn.Parameter] = []
+    kept: list[nn.Parameter] = []
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
             continue
