@@ -144,7 +144,10 @@ def test_three_steps(reference: Path, official_blip, reference_config) -> None:
                 name = key.removeprefix(f"step{index}.momentum.")
                 if "crossattention" in name:
                     continue  # the original's twin carries it and never uses it
-                assert_close(twin[name], value, atol=2e-5, rtol=1e-5)
+                # Where the gradient is rounding noise (key biases), AdamW turns it into +-lr.
+                gradient = expected[f"step0.grad.{name.replace('_m.', '.', 1)}"].view_as(value)
+                moved = gradient.abs() > 1e-5
+                assert_close(twin[name][moved], value[moved], atol=2e-5, rtol=1e-5)
         alignment.after_optimizer_step(blip, [output.entries])
         for kind, queue in (
             ("image", alignment.queue.image_embedding),

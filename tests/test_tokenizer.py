@@ -1,0 +1,55 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from openblip.tokenizer import Tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer(reference: Path) -> Tokenizer:
+    words = (reference / "vocab.txt").read_text().splitlines()
+    return Tokenizer.from_vocabulary(words)
+
+
+def test_ids_and_texts_equal_the_reference(reference: Path, tokenizer: Tokenizer) -> None:
+    facts = json.loads((reference / "tokenizer.json").read_text())
+    assert tokenizer.vocab_size == facts["len"]
+    special = tokenizer.special
+    assert (special.pad, special.cls, special.sep) == tuple(
+        facts["ids"][name] for name in ("pad", "cls", "sep")
+    )
+    assert (special.dec, special.enc) == (facts["ids"]["bos_[DEC]"], facts["ids"]["enc_[ENC]"])
+    for case in facts["cases"]:
+        assert tokenizer.encode(case["text"]) == case["input_ids"]
+        assert tokenizer.decode(case["input_ids"]) == case["decoded_skip_special"]
+        batch = tokenizer.encode_batch([case["text"]], max_tokens=12, pad_to=12)
+        assert batch.token_ids[0].tolist() == case["max_length_pad_12"]
+
+
+def test_a_batch_is_padded_to_its_longest_text_and_counts_what_it_cut(
+    tokenizer: Tokenizer,
+) -> None:
+    batch = tokenizer.encode_batch(["old pizza", "old pizza large in right at"], max_tokens=5)
+    assert batch.token_ids.shape == (2, 5)
+    assert batch.num_truncated == 1
+    assert batch.token_ids[1, -1] == tokenizer.special.sep
+    assert batch.text_mask.tolist() == [[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
+
+
+def test_a_trained_tokenizer_survives_its_file(tmp_path: Path) -> None:
+    trained = Tokenizer.train(["a red cat", "a blue cat", "a red dog"], vocab_size=60)
+    trained.save(tmp_path / "tokenizer.json")
+    loaded = Tokenizer.load(tmp_path / "tokenizer.json")
+    assert loaded.special == trained.special
+    assert loaded.encode("a red dog") == trained.encode("a red dog")
+    assert loaded.decode(loaded.encode("a red cat")) == "a red cat"
+
+
+def test_errors_say_what_is_wrong(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    with pytest.raises(ValueError, match="no tokenizer at"):
+        Tokenizer.load(tmp_path / "absent.json")
+    with pytest.raises(ValueError, match=r"lacks \[CLS\]"):
+        Tokenizer.from_vocabulary(["[PAD]", "[UNK]", "[SEP]", "cat"])
+    with pytest.raises(ValueError, match="max_tokens 2"):
+        tokenizer.encode_batch(["a"], max_tokens=2)
