@@ -17,6 +17,21 @@ from openblip.models.text import SpecialTokens
 BASE_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 BLIP_TOKENS = ("[DEC]", "[ENC]")
 
+# In this order, as the original's BERT tokenizer joins punctuation and English contractions; the
+# clean-up of `tokenizers` leaves the apostrophe of "cat ' s" alone.
+_CLEAN_UP = (
+    (" .", "."),
+    (" ?", "?"),
+    (" !", "!"),
+    (" ,", ","),
+    (" ' ", "'"),
+    (" n't", "n't"),
+    (" 'm", "'m"),
+    (" 's", "'s"),
+    (" 've", "'ve"),
+    (" 're", "'re"),
+)
+
 
 @dataclass(frozen=True)
 class TokenBatch:
@@ -115,6 +130,8 @@ class Tokenizer:
         """Return the text of ids without special tokens, spaces before punctuation removed."""
         kept = [int(i) for i in token_ids if int(i) not in self._skipped]
         text: str = self._raw.decode(kept)
+        for spaced, closed in _CLEAN_UP:
+            text = text.replace(spaced, closed)
         return text
 
 
@@ -122,7 +139,7 @@ def _wordpiece(model: models.WordPiece) -> RawTokenizer:
     raw = RawTokenizer(model)
     raw.normalizer = normalizers.BertNormalizer(lowercase=True)
     raw.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    raw.decoder = decoders.WordPiece(prefix="##", cleanup=True)
+    raw.decoder = decoders.WordPiece(prefix="##", cleanup=False)
     vocabulary = raw.get_vocab()
     if "[SEP]" in vocabulary and "[CLS]" in vocabulary:
         raw.add_special_tokens([t for t in (*BASE_TOKENS, *BLIP_TOKENS) if t in vocabulary])
