@@ -100,5 +100,6 @@ class FeatureQueue(nn.Module):
         places = (self.pointer + torch.arange(num_new, device=self.pointer.device)) % self.size
         newest = slice(max(0, num_new - self.size), None)
         for name in ("image_embedding", "text_embedding", "image_ids", "text_ids"):
-            getattr(self, name)[places[newest]] = getattr(entries, name)[newest]
+            field = getattr(self, name)
+            field[places[newest]] = getattr(entries, name)[newest].to(field.dtype)
         self.pointer.copy_((self.pointer + num_new) % self.size)
