@@ -9,6 +9,8 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from openblip.augment import RandAugment
+
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 MAX_PIXELS = 89_478_485
@@ -99,9 +101,8 @@ class TrainTransform:
     ) -> None:
         if not 0.0 < min_scale <= 1.0:
             raise ValueError(f"min_scale {min_scale} must be in (0, 1]")
-        if num_ops:
-            raise ValueError(f"num_ops {num_ops}: RandAugment is not there yet, use 0")
         self.size_px, self.min_scale, self.flip = size_px, min_scale, flip
+        self.augment = RandAugment(num_ops, magnitude)
 
     def __call__(
         self, image: Image.Image, rng: np.random.Generator, *, may_flip: bool = True
@@ -112,7 +113,7 @@ class TrainTransform:
         image = image.resize(size, Image.Resampling.BICUBIC, box=box)
         if self.flip and rng.random() < 0.5 and may_flip:
             image = ImageOps.mirror(image)
-        return to_tensor(image)
+        return to_tensor(self.augment(image, rng))
 
     def _crop(self, width: int, height: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
         """Draw a box of random area and aspect 3/4 to 4/3; the centre after ten misses."""

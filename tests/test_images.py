@@ -66,10 +66,33 @@ def test_eval_transform_equals_the_reference(reference: Path) -> None:
         assert torch.allclose(result, target.view_as(result), atol=1e-5)
 
 
-def test_train_transform_is_fixed_by_its_generator() -> None:
+@pytest.mark.parametrize("num_ops", [0, 2])
+def test_train_transform_is_fixed_by_its_generator(num_ops: int) -> None:
     image = Image.effect_noise((40, 30), 90).convert("RGB")
-    transform = TrainTransform(16, 0.5, num_ops=0)
+    transform = TrainTransform(16, 0.5, num_ops, magnitude=7)
     first, second, other = (transform(image, np.random.default_rng(s)) for s in (1, 1, 2))
     assert torch.equal(first, second)
     assert not torch.equal(first, other)
     assert first.shape == (3, 16, 16)
+
+
+def test_train_transform_augments_after_crop_and_flip() -> None:
+    image = Image.effect_noise((40, 30), 90).convert("RGB")
+    without, with_ops = TrainTransform(16, num_ops=0), TrainTransform(16, num_ops=8, magnitude=9)
+    results = [t(image, np.random.default_rng(1)) for t in (without, with_ops)]
+    assert not torch.equal(*results)
+    with pytest.raises(ValueError, match="magnitude 11"):
+        TrainTransform(16, magnitude=11)
+
+
+def test_an_image_is_mirrored_only_where_it_may_be() -> None:
+    image = Image.new("RGB", (32, 32))
+    image.paste("white", (16, 0, 32, 32))
+    transform = TrainTransform(16, 0.9)
+
+    def is_mirrored(seed: int, may_flip: bool) -> bool:
+        left, right = transform(image, np.random.default_rng(seed), may_flip=may_flip).chunk(2, -1)
+        return bool(left.mean() > right.mean())
+
+    assert {is_mirrored(seed, True) for seed in range(40)} == {True, False}
+    assert not any(is_mirrored(seed, False) for seed in range(40))
