@@ -1,138 +1,380 @@
-"""Released BLIP weights <-> openblip's names.
+"""Released BLIP checkpoints and transformers' BLIP folders -> our folder, and ours -> transformers.
 
-The released checkpoints repeat every shared tensor under each name that uses it; openblip keeps it
-once. Queries, keys and values are separate there and stacked here.
+Nothing is lost silently: what our model has no place for is counted by reason; what is missing,
+extra, of another shape or not as equal as it should be is an error that lists it.
 """
 
-from collections.abc import Mapping
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
-from openblip.models.blip import BlipConfig
+from openblip import convert_official, convert_transformers
+from openblip.checkpoint import load_checkpoint, model_id, save_checkpoint, with_roles
+from openblip.convert_official import OfficialKind, official_config
+from openblip.convert_transformers import ROLES_OF, Architecture
+from openblip.convert_weights import (
+    from_official,
+    listing,
+    official_names,
+    read_tensors,
+    reason_to_leave_out,
+    tied_names,
+    to_official,
+    transformers_names,
+)
+from openblip.data.sinks import write_json_atomically
+from openblip.models.blip import INITIAL_TEMPERATURE, Blip, BlipConfig
+from openblip.models.text import Role
+from openblip.tokenizer import Tokenizer
 
-OFFICIAL_IGNORED = ("position_ids", "_m.", "image_queue", "text_queue", "queue_ptr", "ptr_queue")
-"""Parts of official names that no model needs: buffers, momentum twins, queues."""
+__all__ = [
+    "ConversionReport", "Converted", "convert_to_openblip", "convert_to_transformers",
+    "from_official", "official_config", "official_names", "read_foreign", "to_official",
+]  # fmt: skip
 
-
-def _vision_names(num_layers: int) -> dict[str, str]:
-    """Map our names of the image encoder to official ones; nothing is stacked here."""
-    names = {
-        "vision.class_token": "visual_encoder.cls_token",
-        "vision.position_embedding": "visual_encoder.pos_embed",
-        "vision.patch_weight": "visual_encoder.patch_embed.proj.weight",
-        "vision.patch_bias": "visual_encoder.patch_embed.proj.bias",
-    }
-    modules = {"vision.norm": "visual_encoder.norm"}
-    for i in range(num_layers):
-        for ours, theirs in {
-            "attention_norm": "norm1",
-            "qkv": "attn.qkv",
-            "output": "attn.proj",
-            "mlp_norm": "norm2",
-            "up": "mlp.fc1",
-            "down": "mlp.fc2",
-        }.items():
-            modules[f"vision.layers.{i}.{ours}"] = f"visual_encoder.blocks.{i}.{theirs}"
-    return names | _both(modules)
-
-
-def _both(modules: Mapping[str, str]) -> dict[str, str]:
-    return {
-        f"{ours}.{kind}": f"{theirs}.{kind}"
-        for ours, theirs in modules.items()
-        for kind in ("weight", "bias")
-    }
+HEADS = ("image_projection", "text_projection", "match_head")
 
 
-def _bert_parts(bert: str, config: BlipConfig, kinds: tuple[str, ...]) -> dict[str, list[str]]:
-    """Map our names of a MED, as one official BERT holds it, to the names that are stacked in them.
+@dataclass(frozen=True)
+class ConversionReport:
+    """What became of a model.
 
-    bert   prefix of the official BERT
-    kinds  which self-attention it holds: `bidirectional` or `causal`
+    kind      what it was: one of the released kinds, or transformers' architecture
+    left_out  reason -> number of tensors
+    notes     what a user must know, in sentences
     """
-    names: dict[str, list[str]] = {
-        "text.word_embedding.weight": [f"{bert}.embeddings.word_embeddings.weight"],
-        "text.position_embedding.weight": [f"{bert}.embeddings.position_embeddings.weight"],
-    }
-    modules = {"text.embedding_norm": [f"{bert}.embeddings.LayerNorm"]}
-    for i in range(config.text.num_layers):
-        ours, theirs = f"text.layers.{i}", f"{bert}.encoder.layer.{i}"
-        for kind in kinds:
-            attention = f"{theirs}.attention"
-            modules[f"{ours}.{kind}.qkv"] = [
-                f"{attention}.self.{part}" for part in ("query", "key", "value")
-            ]
-            modules[f"{ours}.{kind}.output.linear"] = [f"{attention}.output.dense"]
-            modules[f"{ours}.{kind}.output.norm"] = [f"{attention}.output.LayerNorm"]
-        if config.text.has_cross:
-            cross = f"{theirs}.crossattention"
-            modules[f"{ours}.cross.query"] = [f"{cross}.self.query"]
-            modules[f"{ours}.cross.key_value"] = [f"{cross}.self.key", f"{cross}.self.value"]
-            modules[f"{ours}.cross.output.linear"] = [f"{cross}.output.dense"]
-            modules[f"{ours}.cross.output.norm"] = [f"{cross}.output.LayerNorm"]
-        modules[f"{ours}.up"] = [f"{theirs}.intermediate.dense"]
-        modules[f"{ours}.down.linear"] = [f"{theirs}.output.dense"]
-        modules[f"{ours}.down.norm"] = [f"{theirs}.output.LayerNorm"]
-    for ours, parts in modules.items():
-        for suffix in ("weight", "bias"):
-            names[f"{ours}.{suffix}"] = [f"{part}.{suffix}" for part in parts]
-    return names
+
+    kind: OfficialKind | Architecture
+    roles: tuple[Role, ...]
+    num_parameters: int
+    left_out: Mapping[str, int]
+    notes: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values."""
+        return asdict(self)
 
 
-def official_names(
-    config: BlipConfig, *, encoder: str = "text_encoder", decoder: str = "text_decoder"
-) -> dict[str, list[str]]:
-    """Map every parameter of `config`'s model to the official tensors that it stacks.
+@dataclass(frozen=True)
+class Converted:
+    """A model in memory, in eval mode, with its tokenizer."""
 
-    encoder, decoder  official prefixes of the two BERTs
-    Returns           our name -> official names, stacked along the first axis
+    blip: Blip
+    tokenizer: Tokenizer
+    report: ConversionReport
+
+
+def convert_to_openblip(
+    source: Path, folder: Path, *, config: Path | None = None, vocabulary: Path | None = None
+) -> ConversionReport:
+    """Write a model that is not ours as our folder; the arguments are those of `read_foreign`.
+
+    Raises ValueError as `read_foreign` does, and if `folder` exists.
     """
-    roles = config.text.roles
-    names = {k: [v] for k, v in _vision_names(config.vision.num_layers).items()}
-    if "decode" in roles:
-        names |= _bert_parts(f"{decoder}.bert", config, ("causal",))
-        head = f"{decoder}.cls.predictions"
-        names["text.lm_head.bias"] = [f"{head}.bias"]
-        for suffix in ("weight", "bias"):
-            names[f"text.lm_head.linear.{suffix}"] = [f"{head}.transform.dense.{suffix}"]
-            names[f"text.lm_head.norm.{suffix}"] = [f"{head}.transform.LayerNorm.{suffix}"]
-    if config.text.has_bidirectional:
-        names |= _bert_parts(encoder, config, ("bidirectional",))
-    if "text" in roles:
-        names["temperature"] = ["temp"]
-        names |= {
-            k: [v]
-            for k, v in _both(
-                {"image_projection": "vision_proj", "text_projection": "text_proj"}
-            ).items()
-        }
-    if "pair" in roles:
-        names |= {k: [v] for k, v in _both({"match_head": "itm_head"}).items()}
-    return names
+    _check_is_free(folder)
+    converted = read_foreign(source, config=config, vocabulary=vocabulary)
+    card = _card(folder.name, source.name, converted.blip, converted.report, "openblip")
+    save_checkpoint(folder, converted.blip, converted.tokenizer, card)
+    return converted.report
 
 
-def from_official(
-    tensors: Mapping[str, Tensor], names: Mapping[str, list[str]]
-) -> dict[str, Tensor]:
-    """Stack official tensors into ours. Raises ValueError listing what is missing."""
-    missing = sorted({part for parts in names.values() for part in parts} - set(tensors))
-    if missing:
-        raise ValueError(f"the checkpoint lacks {len(missing)} tensors: {', '.join(missing[:8])}")
-    return {
-        ours: torch.cat([tensors[part] for part in parts]) if len(parts) > 1 else tensors[parts[0]]
+def read_foreign(
+    source: Path, *, config: Path | None = None, vocabulary: Path | None = None
+) -> Converted:
+    """Read a model that is not ours.
+
+    source      released checkpoint (.pth, .safetensors) or transformers folder
+    config      of a checkpoint, see `official_config`; by default a file of that name beside the
+                weights, else the sizes are the tensors' and the heads those of the released models
+    vocabulary  BERT's vocab.txt or a tokenizer.json; by default the one beside the weights
+    Raises ValueError for what is absent, unknown or does not fit, listing it.
+    """
+    if not source.is_dir():
+        return _read_official(source, config, vocabulary)
+    if config is not None:
+        raise ValueError(f"{source} has a config.json of its own: leave {config} out")
+    return _read_transformers(source, vocabulary)
+
+
+def convert_to_transformers(
+    folder: Path, target: Path, *, architecture: Architecture | None = None
+) -> ConversionReport:
+    """Write our folder as a transformers folder with its processor; it appears whole.
+
+    architecture  by default the one that has the model's roles; a model with all roles has two
+    Raises ValueError if no architecture has the roles, and if `target` exists.
+    """
+    _check_is_free(target)
+    blip, tokenizer = load_checkpoint(folder)
+    if architecture is None:
+        fitting = [choice for choice, roles in ROLES_OF.items() if roles == blip.config.text.roles]
+        architecture = fitting[0] if fitting else None
+    if architecture is None:
+        choices = [f"{name} ({', '.join(sorted(roles))})" for name, roles in ROLES_OF.items()]
+        raise ValueError(
+            f"the model has the roles {', '.join(sorted(blip.config.text.roles))}: "
+            f"choose an architecture, {' or '.join(choices)}"
+        )
+    part = with_roles(blip, ROLES_OF[architecture])
+    tensors = to_official(part.state_dict(), transformers_names(part.config))
+    num_left_out = len(blip.state_dict()) - len(part.state_dict())
+    temperature, notes = None, []
+    if architecture == "BlipForImageTextRetrieval":
+        temperature = part.temperature.item()
+        notes = [
+            "transformers has no temperature: it stands in config.json for the way back",
+            "transformers judges pairs with [CLS] first: put [ENC] at position 0 of input_ids for "
+            "openblip's match probabilities",
+        ]
+    report = _report(
+        architecture, part, {"of other roles": num_left_out} if num_left_out else {}, notes
+    )
+    files = convert_transformers.processor_files(part.config)
+    files["config.json"] = convert_transformers.config_to_transformers(
+        part.config, architecture, temperature
+    )
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    temporary.mkdir(parents=True)
+    try:
+        # Pieces of a stacked tensor are views; safetensors wants each to own its memory.
+        owned = {name: tensor.clone() for name, tensor in tensors.items()}
+        save_file(owned, temporary / "model.safetensors", metadata={"format": "pt"})
+        for name, values in files.items():
+            write_json_atomically(temporary / name, values)
+        tokenizer.save(temporary / "tokenizer.json")
+        words = "\n".join(_words(temporary / "tokenizer.json"))
+        (temporary / "vocab.txt").write_text(words + "\n", encoding="utf-8")
+        card = _card(target.name, folder.name, part, report, "transformers")
+        (temporary / "README.md").write_text(card, encoding="utf-8")
+        temporary.rename(target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return report
+
+
+def _read_official(source: Path, config: Path | None, vocabulary: Path | None) -> Converted:
+    tensors = read_tensors(source)
+    kind = convert_official.official_kind(tensors)
+    # Beside a released checkpoint lies BERT's vocabulary under its authors' name.
+    tokenizer = _tokenizer(vocabulary, source.parent, ("vocab.txt", "tokenizer.json"))
+    beside = source.with_name("config.json")
+    if config is None and beside.is_file() and "med_config" in beside.read_text("utf-8"):
+        config = beside
+    if config is None:
+        sizes = convert_official.config_from_tensors(tensors, tokenizer.special)
+        notes = [
+            "sizes from the tensors, heads by the released models' rule of width / "
+            f"{convert_official.HEAD_WIDTH}: {sizes.vision.num_heads} for images, "
+            f"{sizes.text.num_heads} for text"
+        ]
+    else:
+        sizes = convert_official.read_official_config(config)
+        notes = [f"sizes from {config.name}"]
+    sizes = sizes.with_roles(convert_official.roles_of(kind))
+    names = official_names(sizes)
+    if kind in {"itm", "base"}:
+        del names["temperature"]
+        notes.append(f"no temperature in the checkpoint: it is the initial {INITIAL_TEMPERATURE}")
+    if kind == "base":
+        names = {ours: parts for ours, parts in names.items() if not ours.startswith(HEADS)}
+        notes.append(
+            "no projections and no matching head in the checkpoint: they are drawn anew, train "
+            "them before comparing or matching"
+        )
+    return _assemble(source, kind, tensors, sizes, names, tokenizer, INITIAL_TEMPERATURE, notes)
+
+
+def _read_transformers(folder: Path, vocabulary: Path | None) -> Converted:
+    values = convert_transformers.read_config(folder)
+    tensors = convert_transformers.read_weights(folder)
+    kind = convert_transformers.architecture_of(tensors)
+    # Words that were added later are in tokenizer.json alone.
+    tokenizer = _tokenizer(vocabulary, folder, ("tokenizer.json", "vocab.txt"))
+    sizes = convert_transformers.config_from_transformers(values, ROLES_OF[kind], tokenizer.special)
+    temperature = convert_transformers.temperature_of(values)
+    notes = convert_transformers.notes_on(values, ROLES_OF[kind])
+    names = transformers_names(sizes)
+    return _assemble(folder, kind, tensors, sizes, names, tokenizer, temperature, notes)
+
+
+def _assemble(
+    source: Path,
+    kind: OfficialKind | Architecture,
+    tensors: Mapping[str, Tensor],
+    config: BlipConfig,
+    names: Mapping[str, Sequence[str]],
+    tokenizer: Tokenizer,
+    temperature: float,
+    notes: Sequence[str],
+) -> Converted:
+    """Build the model, all tensors accounted for.
+
+    names        what is read; other parameters start anew
+    temperature  where none is read
+    """
+    if tokenizer.special != config.tokens or tokenizer.vocab_size != config.text.vocab_size:
+        raise ValueError(
+            f"{source} has {config.text.vocab_size} words and {config.tokens}, the vocabulary "
+            f"{tokenizer.vocab_size} and {tokenizer.special}: give the one it was trained with"
+        )
+    kept, left_out = {}, Counter[str]()
+    for name, tensor in tensors.items():
+        if reason := reason_to_leave_out(name):
+            left_out[reason] += 1
+        else:
+            kept[name] = tensor
+    problems = []
+    for repeat, name in tied_names(config).items():
+        if repeat in kept and name not in kept:
+            kept[name] = kept.pop(repeat)
+        elif repeat in kept:
+            left_out["tied duplicate"] += 1
+            if not _equal(kept.pop(repeat), kept[name]):
+                problems.append(f"{repeat} differs from {name}, to which it should be tied")
+    with torch.device("meta"):
+        blip = Blip(config)
+    own = blip.state_dict()
+    shapes = {
+        part: (own[ours].shape[0] // len(parts), *own[ours].shape[1:])
+        if len(parts) > 1
+        else tuple(own[ours].shape)
         for ours, parts in names.items()
+        for part in parts
     }
+    problems += [f"missing {name}" for name in sorted(shapes.keys() - kept.keys())]
+    problems += [f"extra {name}" for name in sorted(kept.keys() - shapes.keys())]
+    for name in sorted(shapes.keys() & kept.keys()):
+        if tuple(kept[name].shape) != shapes[name]:
+            problems.append(f"{name} is {tuple(kept[name].shape)}, expected {shapes[name]}")
+        elif not kept[name].is_floating_point():
+            problems.append(f"{name} is {kept[name].dtype}, expected numbers with a fraction")
+    if problems:
+        raise ValueError(f"{source}: {listing(problems)}")
+    dtypes = sorted({str(tensor.dtype) for tensor in kept.values()} - {"torch.float32"})
+    if dtypes:
+        notes = [*notes, f"weights of {', '.join(dtypes)} became torch.float32"]
+    values = from_official(kept, {ours: list(parts) for ours, parts in names.items()})
+    generator = torch.Generator().manual_seed(0)
+    for ours in sorted(own.keys() - values.keys()):
+        if ours == "temperature":
+            values[ours] = torch.tensor(temperature)
+        else:
+            std = config.text.init_std if ours.endswith(".weight") else 0.0
+            values[ours] = torch.zeros(own[ours].shape).normal_(std=std, generator=generator)
+    blip = blip.to_empty(device="cpu").eval()
+    blip.load_state_dict(values)
+    return Converted(blip, tokenizer, _report(kind, blip, dict(left_out), notes))
 
 
-def to_official(tensors: Mapping[str, Tensor], names: Mapping[str, list[str]]) -> dict[str, Tensor]:
-    """Split ours into official tensors, each once; the inverse of `from_official`."""
-    official: dict[str, Tensor] = {}
-    for ours, parts in names.items():
-        for part, piece in zip(
-            parts,
-            tensors[ours].chunk(len(parts)) if len(parts) > 1 else [tensors[ours]],
-            strict=True,
-        ):
-            official[part] = piece
-    return official
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and torch.equal(a, b)
+
+
+def _report(
+    kind: OfficialKind | Architecture,
+    blip: Blip,
+    left_out: Mapping[str, int],
+    notes: Sequence[str],
+) -> ConversionReport:
+    return ConversionReport(
+        kind=kind,
+        roles=tuple(sorted(blip.config.text.roles)),
+        num_parameters=sum(parameter.numel() for parameter in blip.parameters()),
+        left_out=left_out,
+        notes=tuple(notes),
+    )
+
+
+def _check_is_free(folder: Path) -> None:
+    if folder.exists():
+        raise ValueError(f"{folder} exists: choose another name or remove it")
+
+
+def _tokenizer(vocabulary: Path | None, folder: Path, names: Sequence[str]) -> Tokenizer:
+    """Build from a vocabulary; [DEC] and [ENC] come to its end where it lacks them."""
+    if vocabulary is None:
+        vocabulary = next((folder / name for name in names if (folder / name).is_file()), None)
+    if vocabulary is None:
+        raise ValueError(
+            f"{folder} holds no {' or '.join(names)}: give the model's vocabulary, of the released "
+            "models the vocab.txt of bert-base-uncased"
+        )
+    if not vocabulary.is_file():
+        raise ValueError(f"no vocabulary at {vocabulary}")
+    if vocabulary.suffix == ".json":
+        words = _words(vocabulary)
+    else:
+        # Not `splitlines`: it would also break at separators that are words of some vocabularies.
+        words = vocabulary.read_text("utf-8").rstrip("\n").split("\n")
+    try:
+        return Tokenizer.from_vocabulary(words)
+    except ValueError as error:
+        raise ValueError(f"{vocabulary}: {error}") from error
+
+
+def _words(path: Path) -> list[str]:
+    """Return the words of a `tokenizer.json`, added ones too, in the order of their ids.
+
+    The rest of the file is built anew, for it may hold padding and truncation of some other use.
+    Raises ValueError if it is no lower-casing WordPiece.
+    """
+    try:
+        values = json.loads(path.read_text("utf-8"))
+        ids = values["model"]["vocab"] | {t["content"]: t["id"] for t in values["added_tokens"]}
+        is_lower = (values["normalizer"] or {}).get("lowercase", False)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is no tokenizer: {error!r}") from error
+    if values["model"].get("type", "WordPiece") != "WordPiece" or not is_lower:
+        raise ValueError(f"{path} is no lower-casing WordPiece, which BLIP uses")
+    words = sorted(ids, key=ids.__getitem__)
+    if [ids[word] for word in words] != list(range(len(words))):
+        raise ValueError(f"{path}: the ids do not count from 0 to {len(words) - 1}")
+    return words
+
+
+def _card(
+    name: str,
+    source: str,
+    blip: Blip,
+    report: ConversionReport,
+    library: Literal["openblip", "transformers"],
+) -> str:
+    vision, text = blip.config.vision, blip.config.text
+    task = "image-to-text" if report.roles == ("decode",) else "image-feature-extraction"
+    left_out = [f"{number} tensors left out: {why}" for why, number in report.left_out.items()]
+    lines = "\n".join(f"- {line}." for line in [*left_out, *report.notes])
+    return f"""---
+library_name: {library}
+pipeline_tag: {task}
+tags: [blip]
+---
+# {name}
+
+A BLIP converted by openblip from `{source}` ({report.kind}). Roles: {", ".join(report.roles)}.
+
+| | |
+|---|---|
+| parameters | {report.num_parameters:,} |
+| images | {vision.image_size_px} px in patches of {vision.patch_size_px} px |
+| image encoder | {vision.num_layers} layers, {vision.num_heads} heads, width {vision.width} |
+| text model | {text.num_layers} layers, {text.num_heads} heads, width {text.width} |
+| vocabulary | {text.vocab_size:,} words |
+| model id | `{model_id(blip)}` |
+
+## Conversion
+
+{lines or "- Every tensor found its place."}
+
+## Use and limits
+
+Training data, evaluation, limits and licence are those of the source: see its own card.
+"""
