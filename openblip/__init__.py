@@ -7,12 +7,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from openblip.hub import load as load
     from openblip.models.blip import Blip as Blip
 
 __version__ = "0.1.0"
 
-_HOME_OF = {"Blip": "openblip.models.blip"}
-__all__ = ["Blip", "__version__"]
+_HOME_OF = {"Blip": "openblip.models.blip", "load": "openblip.hub"}
+__all__ = ["Blip", "__version__", "load"]
 
 
 def __getattr__(name: str) -> object:

@@ -128,6 +128,7 @@ def test_repeats_that_are_absent_are_not_missed(official: Tensors, beside: Path)
 def test_what_does_not_fit_is_listed(official: Tensors, beside: Path) -> None:
     official["stranger"] = torch.zeros(1)
     del official["itm_head.bias"]
+    [width] = official["visual_encoder.norm.bias"].shape
     official["visual_encoder.norm.bias"] = torch.zeros(3)
     official["temp"] = torch.tensor(1)
     tied = "text_decoder.bert.encoder.layer.1.output.dense.bias"
@@ -137,7 +138,7 @@ def test_what_does_not_fit_is_listed(official: Tensors, beside: Path) -> None:
         read_foreign(beside / "model.safetensors")
     for expected in (
         "extra stranger",
-        "visual_encoder.norm.bias is (3,), expected (32,)",
+        f"visual_encoder.norm.bias is (3,), expected ({width},)",
         "temp is torch.int64",
         f"{tied} differs from {tied.replace('text_decoder.bert', 'text_encoder')}",
     ):
@@ -184,12 +185,12 @@ def test_files_that_are_no_weights(official: Tensors, beside: Path) -> None:
         read_foreign(beside / "vqa.safetensors")
 
 
-def test_sizes_from_the_tensors_need_heads_of_64(
-    official: Tensors, beside: Path, reference: Path
-) -> None:
+def test_sizes_from_the_tensors_need_heads_of_64(official: Tensors, beside: Path) -> None:
+    width = official["visual_encoder.norm.bias"].shape[0]
+    assert width % 64
     save_file(official, beside / "model.safetensors")
     (beside / "config.json").unlink()
-    with pytest.raises(ValueError, match="32 wide, not a multiple of 64"):
+    with pytest.raises(ValueError, match=f"{width} wide, not a multiple of 64"):
         read_foreign(beside / "model.safetensors")
     del official["visual_encoder.pos_embed"]
     save_file(official, beside / "model.safetensors")
@@ -239,7 +240,7 @@ def test_vocabularies(official: Tensors, beside: Path, tmp_path: Path) -> None:
         "a red cat"
     )
     (tmp_path / "short.txt").write_text("\n".join(words[:-1]) + "\n")
-    with pytest.raises(ValueError, match="the vocabulary 140 and"):
+    with pytest.raises(ValueError, match=f"the vocabulary {len(words) + 1} and"):
         read_foreign(beside / "model.safetensors", vocabulary=tmp_path / "short.txt")
     with pytest.raises(ValueError, match="no vocabulary at"):
         read_foreign(beside / "model.safetensors", vocabulary=tmp_path / "none.txt")
@@ -356,7 +357,7 @@ def test_transformers_folders_that_do_not_fit(ours: Path, tmp_path: Path) -> Non
     with pytest.raises(ValueError, match="give the model's own vocabulary"):
         read_foreign(folder)
     edited(intermediate_size=47)
-    with pytest.raises(ValueError, match=r"intermediate\.dense\.bias is \(48,\), expected \(47,\)"):
+    with pytest.raises(ValueError, match=r"intermediate\.dense\.bias is .*, expected \(47,\)"):
         read_foreign(folder)
     tensors = load_file(folder / "model.safetensors")
     tensors["text_encoder.x"] = torch.zeros(1)

@@ -118,8 +118,8 @@ def test_captioning(saved) -> None:
     logits = blip.decode(token_ids, text_mask, context)
     assert_close(logits[real], expected.logits[real], atol=1e-5, rtol=1e-5)
     finished = set()
-    # One bias makes some captions end and others run on.
-    for bias in (0.0, 0.9):
+    # More and more bias makes first some captions end, then all.
+    for bias in (0.0, 0.9, 9.0):
         theirs.text_decoder.cls.predictions.bias[tokens.sep] += bias
         blip.text.lm_head.bias[tokens.sep] += bias
         for prompt in ([], converted.tokenizer.encode("a picture of")[1:-1]):

@@ -1,0 +1,123 @@
+"""Models by name: a local folder, or a model of the Hugging Face Hub in its local cache."""
+
+import json
+import logging
+from pathlib import Path
+
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from openblip.checkpoint import FILES, load_checkpoint
+from openblip.convert import read_foreign
+from openblip.models.blip import Blip
+from openblip.tokenizer import Tokenizer
+
+# Of all that a repository may hold (other frameworks' weights, training states), what we read.
+PATTERNS = [*FILES, "tokenizer_config.json", "vocab.txt", "model-*.safetensors"]
+PATTERNS += ["model.safetensors.index.json"]
+PICKLED_PATTERNS = ["pytorch_model.bin", "pytorch_model-*.bin", "pytorch_model.bin.index.json"]
+
+_log = logging.getLogger(__name__)
+
+
+def resolve(name_or_path: str | Path, *, revision: str | None = None) -> Path:
+    """Return the local folder of a model; a name is downloaded unless it is in the cache.
+
+    name_or_path  a folder, which goes first, or the Hub's `owner/model`
+    revision      branch, tag or commit of the Hub
+    Raises ValueError for an unknown name or revision, and if the Hub cannot be reached for what
+    the cache lacks; HF_HUB_OFFLINE=1 forbids to try.
+    """
+    folder = Path(name_or_path)
+    if folder.is_dir():
+        if revision is not None:
+            raise ValueError(f"{folder} is a folder, which has no revision {revision!r}")
+        return folder
+    if folder.exists():
+        raise ValueError(f"{folder} is a file, expected a folder: convert a released checkpoint")
+    name = str(name_or_path)
+    folder = _download(name, revision, PATTERNS)
+    if not any(folder.glob("model*.safetensors")):
+        folder = _download(name, revision, [*PATTERNS, *PICKLED_PATTERNS])
+    return folder
+
+
+def load(name_or_path: str | Path, *, revision: str | None = None) -> tuple[Blip, Tokenizer]:
+    """Load a model, in eval mode, and its tokenizer; the arguments are those of `resolve`.
+
+    A transformers folder is converted in memory; what its user must know is logged.
+    Raises ValueError as `resolve` does, and for weights that do not fit, listing them.
+    """
+    folder = resolve(name_or_path, revision=revision)
+    if not _is_of_transformers(folder):
+        return load_checkpoint(folder)
+    converted = read_foreign(folder)
+    for note in converted.report.notes:
+        _log.info("%s: %s", name_or_path, note)
+    return converted.blip, converted.tokenizer
+
+
+def push(
+    folder: str | Path,
+    name: str,
+    *,
+    private: bool = True,
+    message: str = "Add a model of openblip",
+) -> str:
+    """Upload our folder with its model card, making the repository if needed; return its URL.
+
+    name  the Hub's `owner/model`; the login is the one of `hf auth login` or HF_TOKEN
+    Raises ValueError if the folder is not whole, and if the Hub refuses.
+    """
+    absent = [file for file in FILES if not (Path(folder) / file).is_file()]
+    if absent:
+        raise ValueError(f"{folder} is no checkpoint: it lacks {', '.join(absent)}")
+    api = HfApi()
+    try:
+        url = api.create_repo(name, private=private, exist_ok=True)
+        api.upload_folder(
+            repo_id=name, folder_path=folder, allow_patterns=list(FILES), commit_message=message
+        )
+    except (HfHubHTTPError, HFValidationError, ConnectionError) as error:
+        raise ValueError(f"{name} was not uploaded: {_first_line(error)}") from error
+    return str(url)
+
+
+def _download(name: str, revision: str | None, patterns: list[str]) -> Path:
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except HFValidationError as error:
+        raise ValueError(
+            f"{name!r} is neither a folder nor a name of the Hub, such as 'owner/model'"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise ValueError(f"{name} has no revision {revision!r} on the Hub") from error
+    except RepositoryNotFoundError as error:
+        raise ValueError(
+            f"{name} is neither a folder nor a model of the Hub that you may read"
+        ) from error
+    except LocalEntryNotFoundError as error:
+        what = name if revision is None else f"{name} at revision {revision!r}"
+        raise ValueError(
+            f"{what} is not in the cache, and the Hub is offline or cannot be reached"
+        ) from error
+    except HfHubHTTPError as error:
+        raise ValueError(f"the Hub gave no {name}: {_first_line(error)}") from error
+
+
+def _is_of_transformers(folder: Path) -> bool:
+    try:
+        values = json.loads((folder / "config.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(values, dict) and "model_type" in values
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
