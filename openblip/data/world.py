@@ -23,7 +23,6 @@ COLORS = {
     "green": (30, 170, 50),
     "blue": (40, 70, 230),
     "yellow": (245, 220, 30),
-    "purple": (150, 40, 190),
 }
 SHAPES = ("circle", "square", "triangle", "cross")
 SIZES = ("small", "big")
@@ -103,14 +102,15 @@ def draw_scene(scene: Scene, size_px: int, rng: np.random.Generator) -> bytes:
     side = size_px * _OVERSAMPLING
     image = Image.new("RGB", (side, side), BACKGROUNDS[scene.background])
     draw = ImageDraw.Draw(image)
-    is_beside = scene.relation == "left of"
+    # Each object has a quarter of the image: two of a row, or two of a column.
+    other_axis = (0.25, 0.75)[int(rng.integers(2))]
     objects = (
-        (scene.first_color, scene.first_shape, scene.first_size, 0.27),
-        (scene.second_color, scene.second_shape, scene.second_size, 0.73),
+        (scene.first_color, scene.first_shape, scene.first_size, 0.25),
+        (scene.second_color, scene.second_shape, scene.second_size, 0.75),
     )
     for color, shape, size, along in objects:
-        radius = side * (0.21 if size == "big" else 0.12)
-        x, y = (along, 0.5) if is_beside else (0.5, along)
+        radius = side * (0.2 if size == "big" else 0.11)
+        x, y = (along, other_axis) if scene.relation == "left of" else (other_axis, along)
         shift_x, shift_y = rng.uniform(-0.03, 0.03, size=2)
         _draw_shape(draw, shape, COLORS[color], side * (x + shift_x), side * (y + shift_y), radius)
     image = image.resize((size_px, size_px), Image.Resampling.LANCZOS)
@@ -122,16 +122,14 @@ def draw_scene(scene: Scene, size_px: int, rng: np.random.Generator) -> bytes:
 def describe(scene: Scene, rng: np.random.Generator) -> str:
     """Return one of many true captions: objects always, sizes and background often."""
 
-    def noun(color: str, shape: str, size: str, has_size: bool) -> str:
-        return f"a {size} {color} {shape}" if has_size else f"a {color} {shape}"
+    def noun(color: str, shape: str, size: str) -> str:
+        return f"{size} {color} {shape}" if rng.random() < 0.4 else f"{color} {shape}"
 
-    first = noun(scene.first_color, scene.first_shape, scene.first_size, rng.random() < 0.7)
-    second = noun(scene.second_color, scene.second_shape, scene.second_size, rng.random() < 0.7)
+    first = noun(scene.first_color, scene.first_shape, scene.first_size)
+    second = noun(scene.second_color, scene.second_shape, scene.second_size)
     relation, opposite = scene.relation, {"left of": "right of", "above": "below"}[scene.relation]
     body = f"{first} {relation} {second}" if rng.random() < 0.5 else f"{second} {opposite} {first}"
-    ground = scene.background
-    endings = (f" on a {ground} background", f" on {ground}", "", "")
-    return body + endings[int(rng.integers(len(endings)))]
+    return f"{body} on {scene.background}" if rng.random() < 0.4 else body
 
 
 def _draw_scene(rng: np.random.Generator) -> Scene:

@@ -15,9 +15,12 @@ PLAIN_INTERVAL_S = 15.0
 
 
 class ProgressLine:
-    """Progress of `total` units on stderr: a rich bar on a terminal, plain lines elsewhere."""
+    """Progress of `total` units on stderr: a rich bar on a terminal, plain lines elsewhere.
 
-    def __init__(self, title: str, total: int, unit: str = "steps") -> None:
+    total   None where it is not known
+    """
+
+    def __init__(self, title: str, total: int | None, unit: str = "steps") -> None:
         self.title, self.total, self.unit = title, total, unit
         self.done = 0
         self._start = self._last = time.monotonic()
@@ -63,13 +66,14 @@ class ProgressLine:
         return self.done / max(1e-9, time.monotonic() - self._start)
 
     def _print(self, note: str) -> None:
-        left = (self.total - self.done) / max(1e-9, self._rate())
-        print(
-            f"{self.title}: {self.done}/{self.total} {self.unit}, {self._rate():.1f}/s, "
-            f"{left:.0f} s left {note}".rstrip(),
-            file=sys.stderr,
-            flush=True,
-        )
+        rate = self._rate()
+        if self.total is None:
+            line = f"{self.title}: {self.done} {self.unit}, {rate:.1f}/s {note}"
+        else:
+            left = (self.total - self.done) / max(1e-9, rate)
+            line = f"{self.title}: {self.done}/{self.total} {self.unit}, {rate:.1f}/s, "
+            line += f"{left:.0f} s left {note}"
+        print(line.rstrip(), file=sys.stderr, flush=True)
 
 
 class MeasureFile:

@@ -1,0 +1,85 @@
+"""CapFilt's filter: which captions fit their image, and which are kept (BLIP sec. 3.3)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from pydantic import Field
+from torch import Tensor
+
+from openblip.captions import clean_caption
+from openblip.checkpoint import model_id
+from openblip.config import Recipe
+from openblip.data.samples import Caption, CaptionSource
+from openblip.inference import judge_texts
+from openblip.models.blip import Blip
+from openblip.tokenizer import Tokenizer
+
+UNMATCHED = "unmatched"
+EMPTY = "empty"
+DUPLICATE = "duplicate"
+NOT_ASKED_FOR = "source_left_out"
+
+
+class KeepRule(Recipe):
+    """Which judged captions are for training; needs no model.
+
+    threshold  a caption is kept if its match probability is at least this; 0.5 is where the ITM
+               head says that the pair matches, 0 keeps all
+    sources    who may have written it
+    """
+
+    threshold: float = Field(0.5, ge=0, le=1)
+    sources: tuple[CaptionSource, ...] = ("web", "synthetic", "human")
+
+    def apply(self, captions: Sequence[Caption]) -> tuple[Caption, ...]:
+        """Return the judged captions of one image, in their order, with a reason where dropped.
+
+        Of captions that are equal once cleaned the first that is kept stays.
+        """
+        seen: set[str] = set()
+        result = []
+        for caption in captions:
+            text = clean_caption(caption.text)
+            assert caption.match_probability is not None
+            reason = None
+            if caption.source not in self.sources:
+                reason = NOT_ASKED_FOR
+            elif not text:
+                reason = EMPTY
+            elif caption.match_probability < self.threshold:
+                reason = UNMATCHED
+            elif text in seen:
+                reason = DUPLICATE
+            else:
+                seen.add(text)
+            result.append(replace(caption, drop_reason=reason))
+        return tuple(result)
+
+
+@dataclass(frozen=True)
+class Filter:
+    """A model with the roles `text` and `pair`. model is the hash of its weights."""
+
+    blip: Blip
+    tokenizer: Tokenizer
+    model: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "model", model_id(self.blip))
+
+    def judge(self, images: Tensor, captions: Sequence[Sequence[Caption]]) -> list[list[Caption]]:
+        """Give the captions of prepared images (B, 3, S, S) their match probability and cosine."""
+        texts = [[caption.text for caption in several] for several in captions]
+        judged = judge_texts(self.blip, self.tokenizer, images, texts)
+        return [
+            [
+                replace(
+                    caption,
+                    match_probability=judgement.match_probability,
+                    similarity=judgement.similarity,
+                    filter_model=self.model,
+                )
+                for caption, judgement in zip(several, judgements, strict=True)
+            ]
+            for several, judgements in zip(captions, judged, strict=True)
+        ]
