@@ -62,6 +62,7 @@ def score_retrieval(
 
     images      (3, S, S) each; gone through twice, so that no image states need be kept
     batch_size  images encoded together; all pairs of one image are judged together
+    Raises ValueError if `images` is an iterator, which is empty the second time.
     Source: `evaluation` of the released train_retrieval.py. A pair of both shortlists is judged
     once, since its score does not depend on the direction.
     """
@@ -90,6 +91,8 @@ def score_retrieval(
                 logits = blip.match_logits(pair_states)[:, 1].float().cpu()
                 scores[image, texts] = logits + similarity[image, texts]
             image += 1
+    if image < num_images:
+        raise ValueError(f"{num_images} images came, and {image} the second time: give a list")
     return RetrievalScores(
         similarity,
         scores.masked_fill(~in_image_list, NOT_JUDGED),
