@@ -68,6 +68,8 @@ def imported(module: str, is_package: bool, tree: ast.AST, known: set[str]) -> s
                 up = node.level - is_package
                 base = ".".join([*here[: len(here) - up], *([base] if base else [])])
             for alias in node.names:
+                if base == "openblip" and alias.name == "__version__":
+                    continue  # the surface owns the version
                 full = f"{base}.{alias.name}"
                 is_module = full.removeprefix("openblip.") in known
                 names.add(full if is_module or base.startswith("torch") else base)
