@@ -190,6 +190,8 @@ def _beam(
 
     while ids.shape[1] < max_length and not all(is_done):
         length = ids.shape[1]
+        # The released code leaves out the token that is being added; in ours even [SEP] counts.
+        counted = length if is_legacy else length + 1
         logits = decoder.decode_step(newest, cache, context).float()
         own = logits.log_softmax(dim=1)
         if is_legacy:
@@ -222,8 +224,7 @@ def _beam(
                             (*gains[row].tolist(), float(own[row, token])),
                             True,
                         )
-                        # The released code counts no [SEP]; a generated [SEP] is a token in ours.
-                        keep(image, total, caption, length if is_legacy else length + 1)
+                        keep(image, total, caption, counted)
             going = [c for c in candidates if c[2] != tokens.sep][:num_beams]
             for total, origin, token in going:
                 rows.append(first + origin)
@@ -231,7 +232,7 @@ def _beam(
                 next_totals.append(total)
             if len(finished[image]) == num_beams and not is_done[image]:
                 reachable = candidates[0][0]
-                divisor = max(1, length - not_counted) ** decoding.length_penalty
+                divisor = max(1, counted - not_counted) ** decoding.length_penalty
                 is_done[image] = finished[image][-1][0] >= reachable / divisor
         order = torch.tensor(rows, device=device)
         newest = torch.tensor(next_ids, device=device)[:, None]
