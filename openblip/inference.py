@@ -140,18 +140,16 @@ def judge_texts(
 @torch.no_grad()
 def embed_images(blip: Blip, images: Iterable[Tensor], *, batch_size: int = 32) -> Tensor:
     """Embed images (3, S, S) -> (number, E), unit norm."""
-    return torch.cat(
-        [
-            blip.embed_image(blip.encode_image(batch.to(blip.device))).cpu()
-            for batch in batched(images, batch_size)
-        ]
-    )
+    embeddings = [torch.zeros(0, blip.config.embedding_width)]
+    for batch in batched(images, batch_size):
+        embeddings.append(blip.embed_image(blip.encode_image(batch.to(blip.device))).cpu())
+    return torch.cat(embeddings)
 
 
 @torch.no_grad()
 def embed_texts(blip: Blip, tokens: TokenBatch, *, batch_size: int = 256) -> Tensor:
     """Embed tokenised texts -> (number, E), unit norm."""
-    embeddings = []
+    embeddings = [torch.zeros(0, blip.config.embedding_width)]
     for start in range(0, tokens.token_ids.shape[0], batch_size):
         token_ids = tokens.token_ids[start : start + batch_size].to(blip.device)
         text_mask = tokens.text_mask[start : start + batch_size].to(blip.device)
