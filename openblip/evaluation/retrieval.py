@@ -105,9 +105,11 @@ def evaluate_retrieval(
 ) -> RetrievalReport:
     """Measure retrieval among samples, every caption of which is a text of its own.
 
-    Raises ValueError for a sample without captions, and ImageDecodeError for a bad image.
+    Raises ValueError for no samples or one without captions, and ImageDecodeError for a bad image.
     """
     samples = list(samples)
+    if not samples:
+        raise ValueError("there is no sample to evaluate on")
     texts = [caption.text for sample in samples for caption in sample.captions]
     owners = [index for index, sample in enumerate(samples) for _ in sample.captions]
     images = _Images(samples, blip.config.vision.image_size_px)
