@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "openblip"
 LAYERS = {
     0: ["config", "captions", "data.samples", "data.sources", "data.sinks"],
     1: ["tokenizer", "images", "augment", "models", "losses", "generation"],
-    2: ["data", "training", "checkpoint", "convert", "hub", "inference",
+    2: ["data", "training", "page", "page_charts", "checkpoint", "convert", "hub", "inference",
         "convert_official", "convert_transformers", "convert_weights"],
     3: ["evaluation", "search", "explain"],
     4: ["pretrain", "finetune", "capfilt", "quickstart"],

@@ -8,6 +8,7 @@ goes on behind the last one. The rows of the ablation are those of BLIP's table 
     evaluation/      one JSON file per pre-trained model, with its captions
     logs/            losses of each training, JSONL
     results.json     what came out
+    report.html      the same to look at, with pictures
 """
 
 import json
@@ -20,10 +21,18 @@ from typing import Any
 
 from pydantic import Field
 
+from openblip.capfilt.bootstrap_report import write_bootstrap_report
 from openblip.capfilt.captioner import Captioner
 from openblip.capfilt.filter import Filter, KeepRule
 from openblip.capfilt.report import planted_truth
-from openblip.capfilt.shard import CapfiltRecipe, process_shard, read_judged, rethreshold_shard
+from openblip.capfilt.shard import (
+    CapfiltRecipe,
+    OutputPaths,
+    manifests,
+    process_shard,
+    read_judged,
+    rethreshold_shard,
+)
 from openblip.captions import clean_caption
 from openblip.checkpoint import load_checkpoint, save_checkpoint, with_roles
 from openblip.config import Recipe, dump_recipe
@@ -116,6 +125,7 @@ class _Loop:
         }
         results = self._results(scores)
         write_json_atomically(self.out / "results.json", results)
+        write_bootstrap_report(self.out, self.data)
         return results
 
     def _claim(self) -> None:
@@ -197,7 +207,7 @@ class _Loop:
     def _select(self, name: str, keep: KeepRule) -> Path:
         """Select anew from what CapFilt judged; return the folder of the selection."""
         folder = self.out / "selections" / name
-        for manifest in sorted((self.out / "capfilt").glob("*.json")):
+        for manifest in manifests(self.out / "capfilt"):
             rethreshold_shard(manifest, folder, keep)
         return folder
 
@@ -222,8 +232,8 @@ class _Loop:
     def _results(self, scores: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
         judged = [
             image
-            for path in sorted((self.out / "capfilt").glob("*.captions.jsonl"))
-            for image in read_judged(path)
+            for path in manifests(self.out / "capfilt")
+            for image in read_judged(OutputPaths.of(path.stem, path.parent).captions)
         ]
         truth = planted_truth(judged, self.recipe.capfilt.keep.threshold)
         rows = {name: dict(values) for name, values in scores.items()}

@@ -1,15 +1,24 @@
-"""What CapFilt did: counts, keep rates and the filter's accuracy where the truth is known."""
+"""What CapFilt did: counts, keep rates, and the filter's accuracy where the truth is known.
 
-from collections import defaultdict
+`report.json` holds the numbers of a CapFilt folder, `report.html` shows them with examples.
+"""
+
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
-from openblip.capfilt.shard import JudgedImage
+from openblip.capfilt.report_page import write_report_page
+from openblip.capfilt.shard import JudgedImage, Manifest, OutputPaths, manifests, read_judged
+from openblip.data.sinks import write_json_atomically
 from openblip.evaluation.metrics import roc_auc
 
 TRUE_CAPTION = "none"
 """Value of the meta field `noise` of an image whose web caption is true."""
+
+NUM_BINS = 20
+"""Bins of the match probability's histograms, over [0, 1]."""
 
 
 @dataclass(frozen=True)
@@ -63,3 +72,166 @@ def planted_truth(images: Iterable[JudgedImage], threshold: float) -> PlantedTru
         num_captions={kind: len(values) for kind, values in kinds.items()},
         precision=kept(true) / max(1, kept(true) + kept(wrong)),
     )
+
+
+def write_capfilt_report(folder: Path) -> dict[str, Any]:
+    """Write `report.json` and `report.html` into a CapFilt folder; return what the first holds.
+
+    Raises ValueError as `capfilt_report` does, and if a shard named `report` lies there.
+    """
+    report = capfilt_report(folder)
+    if folder / "report.json" in manifests(folder):
+        raise ValueError(
+            f"{folder}/report.json is the manifest of a shard named 'report': rename the shard"
+        )
+    write_json_atomically(folder / "report.json", report)
+    write_report_page(report, folder)
+    return report
+
+
+def capfilt_report(folder: Path) -> dict[str, Any]:
+    """Sum up a CapFilt folder in plain values.
+
+    Returns  images and captions by what became of them; match probabilities in NUM_BINS bins;
+             `runs`: models and settings, one entry unless shards of several runs lie together;
+             `planted_truth` where the samples tell it and all shards have one threshold
+    Raises ValueError for a folder without manifests, and where a manifest and the judged captions
+    beside it disagree.
+    """
+    done = {path: Manifest.read(path) for path in manifests(folder)}
+    if not done:
+        raise ValueError(
+            f"{folder} holds no shard that CapFilt did: expected x.json beside x.captions.jsonl"
+        )
+    total, bad, shards = _Tally(), Counter[str](), []
+    for path, manifest in done.items():
+        tally = _Tally()
+        for image in read_judged(OutputPaths.of(path.stem, folder).captions):
+            tally.add(image)
+        _check(path, manifest, tally)
+        total.update(tally)
+        bad.update(manifest.bad)
+        shards.append(
+            {
+                "name": path.stem,
+                "num_images": tally.num_images,
+                "num_images_kept": tally.num_images_kept,
+                "bad": dict(sorted(manifest.bad.items())),
+                "captions": tally.captions(),
+                "seconds": manifest.seconds,
+            }
+        )
+    seconds = sum(manifest.seconds for manifest in done.values())
+    report: dict[str, Any] = {
+        "num_shards": len(done),
+        "num_images": total.num_images,
+        "num_images_kept": total.num_images_kept,
+        "bad": dict(sorted(bad.items())),
+        "captions": total.captions(),
+        "match_probability": {
+            "by_source": _bins(total.bins_by_source),
+            "by_noise": _bins(total.bins_by_noise),
+        },
+        "runs": _runs(done.values()),
+        "seconds": round(seconds, 3),
+        "images_per_s": round(total.num_images / seconds, 2) if seconds else None,
+    }
+    thresholds = {manifest.settings["keep"]["threshold"] for manifest in done.values()}
+    if total.bins_by_noise and len(thresholds) == 1:
+        judged = (
+            image
+            for path in done
+            for image in read_judged(OutputPaths.of(path.stem, folder).captions)
+        )
+        truth = planted_truth(judged, thresholds.pop())
+        if truth is not None:
+            report["planted_truth"] = truth.to_json()
+    report["shards"] = shards
+    return report
+
+
+@dataclass
+class _Tally:
+    """Counts of judged images and captions."""
+
+    num_images: int = 0
+    num_images_kept: int = 0
+    kept: Counter[str] = field(default_factory=Counter)
+    dropped: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
+    bins_by_source: dict[str, Counter[int]] = field(default_factory=lambda: defaultdict(Counter))
+    bins_by_noise: dict[str, Counter[int]] = field(default_factory=lambda: defaultdict(Counter))
+
+    def add(self, image: JudgedImage) -> None:
+        self.num_images += 1
+        self.num_images_kept += any(caption.drop_reason is None for caption in image.captions)
+        for caption in image.captions:
+            if caption.drop_reason is None:
+                self.kept[caption.source] += 1
+            else:
+                self.dropped[caption.source][caption.drop_reason] += 1
+            assert caption.match_probability is not None
+            place = min(NUM_BINS - 1, int(caption.match_probability * NUM_BINS))
+            self.bins_by_source[caption.source][place] += 1
+            if caption.source == "web" and "noise" in image.meta:
+                self.bins_by_noise[str(image.meta["noise"])][place] += 1
+
+    def update(self, other: "_Tally") -> None:
+        self.num_images += other.num_images
+        self.num_images_kept += other.num_images_kept
+        self.kept.update(other.kept)
+        for source, reasons in other.dropped.items():
+            self.dropped[source].update(reasons)
+        for source, bins in other.bins_by_source.items():
+            self.bins_by_source[source].update(bins)
+        for noise, bins in other.bins_by_noise.items():
+            self.bins_by_noise[noise].update(bins)
+
+    def captions(self) -> dict[str, dict[str, Any]]:
+        """Return what became of the captions, by source: web, synthetic, human."""
+        sources = sorted({*self.kept, *self.dropped}, reverse=True)
+        result = {}
+        for source in sources:
+            dropped = dict(sorted(self.dropped.get(source, {}).items()))
+            judged = self.kept[source] + sum(dropped.values())
+            result[source] = {
+                "judged": judged,
+                "kept": self.kept[source],
+                "dropped": dropped,
+                "keep_rate": self.kept[source] / judged,
+            }
+        return result
+
+
+def _check(path: Path, manifest: Manifest, tally: _Tally) -> None:
+    told = (manifest.num_images, manifest.kept, manifest.dropped)
+    counted = (tally.num_images, tally.kept, tally.dropped)
+    if told != counted:
+        raise ValueError(
+            f"{path} tells {told[0]} images, kept {dict(told[1])}, dropped {dict(told[2])}, but "
+            f"the captions beside it are of {counted[0]} images, kept {dict(counted[1])}, dropped "
+            f"{ {source: dict(reasons) for source, reasons in counted[2].items()} }: "
+            "one of the two has changed; run CapFilt on this shard again"
+        )
+
+
+def _bins(groups: Mapping[str, Counter[int]]) -> dict[str, list[int]]:
+    """Return counts per bin; the true captions stand before the kinds of noise."""
+    names = sorted(groups, key=lambda name: (name != TRUE_CAPTION, name != "web", name))
+    return {name: [groups[name][place] for place in range(NUM_BINS)] for name in names}
+
+
+def _runs(done: Iterable[Manifest]) -> list[dict[str, Any]]:
+    runs: list[dict[str, Any]] = []
+    num_shards: list[int] = []
+    for manifest in done:
+        run = {
+            "captioner": manifest.captioner,
+            "filter": manifest.filter,
+            "version": manifest.version,
+            "settings": dict(manifest.settings),
+        }
+        if run not in runs:
+            runs.append(run)
+            num_shards.append(0)
+        num_shards[runs.index(run)] += 1
+    return [{"num_shards": num, **run} for num, run in zip(num_shards, runs, strict=True)]

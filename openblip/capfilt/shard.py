@@ -114,6 +114,18 @@ class OutputPaths:
         )
 
 
+def manifests(folder: Path) -> list[Path]:
+    """Return the manifests of the shards that are done, in the order of their names.
+
+    A JSON file is one if judged captions lie beside it: reports lie in the same folder.
+    """
+    return [
+        path
+        for path in sorted(folder.glob("*.json"))
+        if OutputPaths.of(path.stem, folder).captions.exists()
+    ]
+
+
 def process_shard(
     shard: Path, folder: Path, captioner: Captioner, judge: Filter, recipe: CapfiltRecipe
 ) -> Manifest:

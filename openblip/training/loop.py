@@ -13,7 +13,12 @@ from torch import Tensor, nn
 from openblip.data.batches import ImageTextBatch
 from openblip.training.log import MeasureFile, ProgressLine
 from openblip.training.momentum import QueueEntries
-from openblip.training.optim import OptimizerRecipe, build_optimizer, learning_rate
+from openblip.training.optim import (
+    OptimizerRecipe,
+    build_optimizer,
+    learning_rate,
+    set_learning_rate,
+)
 
 LOG_EVERY_STEPS = 10
 
@@ -71,8 +76,7 @@ def fit(
     with ProgressLine(title, num_steps) as progress, MeasureFile(log_path) as measures_file:
         for step in range(num_steps):
             lr = learning_rate(recipe, step, num_steps)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
+            set_learning_rate(optimizer, lr)
             with autocast:
                 output: StepOutput = training_step(next(batches).to(device), step)
             optimizer.zero_grad(set_to_none=True)

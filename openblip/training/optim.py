@@ -15,6 +15,9 @@ class OptimizerRecipe(Recipe):
 
     lr                learning rate after warm-up
     schedule          what follows the warm-up: `cosine` to `min_lr` at the last step, or `constant`
+    temperature_lr    learning rate of the temperature as a share of `lr`. 1 is the original; with a
+                      `lr` far above the paper's the temperature falls to its bound within some
+                      tens of steps, before the encoders have learned anything
     decay_all         decay biases, LayerNorms, temperature and position embeddings too, as the
                       original does
     max_gradient_norm clip to this L2 norm; 0 does not clip, as in the paper
@@ -27,6 +30,7 @@ class OptimizerRecipe(Recipe):
     schedule: Literal["cosine", "constant"] = "cosine"
     weight_decay: float = Field(0.05, ge=0)
     betas: tuple[float, float] = (0.9, 0.999)
+    temperature_lr: float = Field(1.0, ge=0, le=1)
     decay_all: bool = False
     max_gradient_norm: float = Field(0.0, ge=0)
 
@@ -49,14 +53,26 @@ def build_optimizer(module: nn.Module, recipe: OptimizerRecipe) -> torch.optim.A
     """
     decayed: list[nn.Parameter] = []
     kept: list[nn.Parameter] = []
+    temperatures: list[nn.Parameter] = []
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
             continue
         is_plain = parameter.ndim < 2 or "position_embedding" in name or "class_token" in name
-        (kept if is_plain and not recipe.decay_all else decayed).append(parameter)
+        if name.rpartition(".")[2] == "temperature":
+            temperatures.append(parameter)
+        elif is_plain and not recipe.decay_all:
+            kept.append(parameter)
+        else:
+            decayed.append(parameter)
+    decay = recipe.weight_decay
     groups = [
-        {"params": decayed, "weight_decay": recipe.weight_decay},
-        {"params": kept, "weight_decay": 0.0},
+        {"params": decayed, "weight_decay": decay, "lr_share": 1.0},
+        {"params": kept, "weight_decay": 0.0, "lr_share": 1.0},
+        {
+            "params": temperatures,
+            "weight_decay": decay if recipe.decay_all else 0.0,
+            "lr_share": recipe.temperature_lr,
+        },
     ]
     # Fused is 3.5 times as fast as the loop on CPU.
     return torch.optim.AdamW(
@@ -65,3 +81,9 @@ def build_optimizer(module: nn.Module, recipe: OptimizerRecipe) -> torch.optim.A
         betas=recipe.betas,
         fused=True,
     )
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Give every group its share of the learning rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_share"]
