@@ -29,6 +29,8 @@ SIZES = ("small", "big")
 RELATIONS = ("left of", "above")
 BACKGROUNDS = {"black": (15, 15, 15), "gray": (128, 128, 128), "white": (245, 245, 245)}
 
+_ALT_WORDS = ("image", "photo", "banner", "stock", "download", "free", "wallpaper", "icon")
+
 NoiseKind = Literal["none", "other_caption", "wrong_attribute", "alt_text"]
 
 _OVERSAMPLING = 4
@@ -188,12 +190,10 @@ def _spoil(kind: NoiseKind, scene: Scene, scenes: Sequence[Scene], rng: np.rando
                 ):
                     return describe(wrong, rng)
         case "alt_text":
-            number = int(rng.integers(1000, 10000))
-            words = ("image", "photo", "banner", "stock", "download", "free", "wallpaper", "icon")
-            first, second = rng.choice(words, size=2, replace=False)
+            first, second = rng.choice(_ALT_WORDS, size=2, replace=False)
             templates = (
-                f"img {number} jpg",
-                f"{first} {second} {number}",
+                f"img {int(rng.integers(10, 100))} jpg",
+                f"{first} {second}",
                 f"{first} for sale best price",
                 f"click to enlarge {first}",
                 f"{first} {second} hd",
