@@ -60,11 +60,12 @@ class PairStream:
         images: list[Tensor] = []
         pairs: list[Pair] = []
         for epoch in itertools.count():
-            num_before = len(pairs) + self.num_batches
+            is_empty = True
             for index, pair in enumerate(self._epoch(epoch)):
                 image = self._decode(pair)
                 if image is None:
                     continue
+                is_empty = False
                 rng = np.random.default_rng([self.seed, epoch, index])
                 may_flip = not has_left_or_right(pair.text)
                 images.append(self.transform(image, rng, may_flip=may_flip))
@@ -79,7 +80,7 @@ class PairStream:
                         self.max_tokens,
                     )
                     images, pairs = [], []
-            if len(pairs) + self.num_batches == num_before:
+            if is_empty:
                 problems = dict(self.problems) or "no image has a caption"
                 raise ValueError(
                     f"no usable image-text pair in {list(map(str, self.paths))}: {problems}"
