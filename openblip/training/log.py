@@ -70,9 +70,8 @@ class ProgressLine:
         if self.total is None:
             line = f"{self.title}: {self.done} {self.unit}, {rate:.1f}/s {note}"
         else:
-            left = (self.total - self.done) / max(1e-9, rate)
-            line = f"{self.title}: {self.done}/{self.total} {self.unit}, {rate:.1f}/s, "
-            line += f"{left:.0f} s left {note}"
+            left = f", {(self.total - self.done) / rate:.0f} s left" if self.done else ""
+            line = f"{self.title}: {self.done}/{self.total} {self.unit}, {rate:.1f}/s{left} {note}"
         print(line.rstrip(), file=sys.stderr, flush=True)
 
 

@@ -63,7 +63,7 @@ def fit(
 ) -> None:
     """Train for `num_steps` batches, logging every tenth step and the last to `log_path` (JSONL).
 
-    Raises FloatingPointError when the loss is no longer finite, naming the step and the losses.
+    Raises FloatingPointError if the loss of a logged step is not finite, naming step and losses.
     """
     training_step.train()
     optimizer = build_optimizer(training_step, recipe)
@@ -74,6 +74,7 @@ def fit(
         else contextlib.nullcontext()
     )
     with ProgressLine(title, num_steps) as progress, MeasureFile(log_path) as measures_file:
+        note = ""
         for step in range(num_steps):
             lr = learning_rate(recipe, step, num_steps)
             set_learning_rate(optimizer, lr)
@@ -85,7 +86,6 @@ def fit(
                 nn.utils.clip_grad_norm_(training_step.parameters(), recipe.max_gradient_norm)
             optimizer.step()
             training_step.after_optimizer_step(output)
-            note = ""
             if step % LOG_EVERY_STEPS == 0 or step == num_steps - 1:
                 measures = {name: float(value) for name, value in output.measures.items()}
                 if not torch.isfinite(output.total):

@@ -14,7 +14,8 @@ class OptimizerRecipe(Recipe):
     """AdamW and its schedule; weight decay and warm-up start are the paper's.
 
     lr                learning rate after warm-up
-    schedule          what follows the warm-up: `cosine` to `min_lr` at the last step, or `constant`
+    schedule          what follows the warm-up: `constant`, or `cosine` to `min_lr`, which the step
+                      after the last one would have
     temperature_lr    learning rate of the temperature as a share of `lr`. 1 is the original; with a
                       `lr` far above the paper's the temperature falls to its bound within some
                       tens of steps, before the encoders have learned anything

@@ -1,0 +1,136 @@
+import itertools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from openblip.data.batches import ImageTextBatch
+from openblip.training.loop import LOG_EVERY_STEPS, StepOutput, TrainingStep, fit
+from openblip.training.optim import OptimizerRecipe, learning_rate
+
+RECIPE = OptimizerRecipe(lr=0.1, min_lr=0.0, warmup_steps=2, warmup_lr=0.01)
+
+
+class Line(TrainingStep):
+    """Learn the mean of the images; the loss is NaN from step `bad` on."""
+
+    def __init__(self, bad: int | None = None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1, 3))
+        self.bad = bad
+        self.calls: list[tuple[str, int, bool]] = []
+
+    def forward(self, batch: ImageTextBatch, step: int) -> StepOutput:
+        self.calls.append(("forward", step, self.training))
+        total = (self.weight - batch.images.mean()).square().sum()
+        if self.bad is not None and step >= self.bad:
+            total = total * torch.nan
+        return StepOutput(total, {"loss": total.detach(), "half": 0.5})
+
+    def after_optimizer_step(self, output: StepOutput) -> None:
+        self.calls.append(("after", len(self.calls) // 2, self.weight.grad is not None))
+
+
+def batches() -> Iterator[ImageTextBatch]:
+    ids = torch.zeros(2, dtype=torch.long)
+    for number in itertools.count():
+        images = torch.full((2, 3, 4, 4), 1.0 + number % 2)
+        yield ImageTextBatch(images, ids[:, None], ids[:, None], ids, ids)
+
+
+def run(step: Line, folder: Path, num_steps: int, recipe: Any = RECIPE, **options: Any) -> list:
+    path = folder / "log.jsonl"
+    fit(
+        step, batches(), recipe, num_steps=num_steps, title="line", log_path=path, **options
+    )  # fmt: skip
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_every_step_is_forward_then_after(tmp_path: Path) -> None:
+    step = Line()
+    run(step, tmp_path, 3)
+    assert step.calls == [
+        ("forward", 0, True), ("after", 0, True),
+        ("forward", 1, True), ("after", 1, True),
+        ("forward", 2, True), ("after", 2, True),
+    ]  # fmt: skip
+    assert not step.training
+
+
+def test_it_learns_and_logs_every_tenth_step_and_the_last(tmp_path: Path) -> None:
+    lines = run(Line(), tmp_path, 25)
+    assert [line["step"] for line in lines] == [0, LOG_EVERY_STEPS, 2 * LOG_EVERY_STEPS, 24]
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    assert all(line["half"] == 0.5 for line in lines)
+    for line in lines:
+        assert line["lr"] == pytest.approx(learning_rate(RECIPE, line["step"], 25))
+
+
+def test_the_log_starts_anew(tmp_path: Path) -> None:
+    run(Line(), tmp_path, 12)
+    assert len(run(Line(), tmp_path, 1)) == 1
+
+
+@pytest.mark.parametrize("bad", [0, 3, 10])
+def test_a_loss_that_is_not_finite_stops_at_the_next_logged_step(tmp_path: Path, bad: int) -> None:
+    step = Line(bad)
+    noticed = -(-bad // LOG_EVERY_STEPS) * LOG_EVERY_STEPS
+    with pytest.raises(FloatingPointError, match=rf"step {noticed}: .*'loss': nan"):
+        run(step, tmp_path, 30)
+    assert step.calls[-2][:2] == ("forward", noticed)
+    logged = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert all(line["loss"] == line["loss"] for line in logged)
+
+
+def test_a_loss_that_is_not_finite_at_the_end_stops_too(tmp_path: Path) -> None:
+    with pytest.raises(FloatingPointError, match="step 14"):
+        run(Line(13), tmp_path, 15)
+
+
+def test_gradients_are_clipped_to_their_norm(tmp_path: Path) -> None:
+    class Remembers(Line):
+        norms: list[float] = []  # noqa: RUF012
+
+        def after_optimizer_step(self, output: StepOutput) -> None:
+            assert self.weight.grad is not None
+            self.norms.append(self.weight.grad.norm().item())
+
+    for limit, expected in ((0.5, True), (0.0, False)):
+        Remembers.norms = []
+        recipe = RECIPE.model_copy(update={"max_gradient_norm": limit})
+        run(Remembers(), tmp_path, 2, recipe)
+        assert (max(Remembers.norms) <= 0.5 + 1e-6) == expected
+
+
+def test_bfloat16_is_autocast(tmp_path: Path) -> None:
+    class Layer(Line):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 1)
+
+        def forward(self, batch: ImageTextBatch, step: int) -> StepOutput:
+            out = self.layer(batch.images[:, :, 0, 0])
+            self.dtype = out.dtype
+            return StepOutput(out.float().square().sum(), {})
+
+        def after_optimizer_step(self, output: StepOutput) -> None:
+            pass
+
+    for precision, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
+        step = Layer()
+        run(step, tmp_path, 1, precision=precision)
+        assert step.dtype == dtype
+        assert step.layer.weight.dtype == torch.float32
+
+
+def test_progress_keeps_telling_the_last_losses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("openblip.training.log.PLAIN_INTERVAL_S", 0.0)
+    run(Line(), tmp_path, 12)
+    lines = capsys.readouterr().err.splitlines()
+    assert all("loss" in line for line in lines[:12])
