@@ -215,6 +215,7 @@ def _image_batches(
     sizes = [model.blip.config.vision.image_size_px for model in (captioner, judge)]
     samples: list[Sample] = []
     images: list[list[Tensor]] = [[], []]
+    keys: set[str] = set()
 
     def on_bad(key: str, reason: str) -> None:
         bad[reason] += 1
@@ -223,6 +224,10 @@ def _image_batches(
         return list(samples), (torch.stack(images[0]), torch.stack(images[1]))
 
     for sample in read_samples(shard, on_bad=on_bad):
+        if sample.key in keys:  # judged and written images are matched by their keys
+            on_bad(sample.key, "repeated_key")
+            continue
+        keys.add(sample.key)
         try:
             prepared = {size: read_image(sample.image_bytes, size) for size in sorted(set(sizes))}
         except ImageDecodeError as error:
