@@ -127,12 +127,14 @@ def _finite(series: Series) -> Series:
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    """Return round numbers, three to seven of them, around a range."""
-    rough = (high - low) / 5 or 1.0
+    """Return two to eight round numbers around a range."""
+    span = high - low
+    # A range that is lost in rounding is none.
+    rough = span / 5 if span > 1e-9 * max(1e-3, abs(low), abs(high)) else 1.0
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(m * power for m in (1, 2, 5, 10) if m * power >= rough * (1 - 1e-9))
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [round(number * step, 12) for number in range(first, max(last, first + 1) + 1)]
+    return [round(number * step, 14) for number in range(first, max(last, first + 1) + 1)]
 
 
 def _share(value: float, low: float, high: float) -> float:

@@ -11,6 +11,7 @@ from openblip.capfilt.report_page import (
     capfilt_figures,
     captions_table,
     example_cards,
+    percent,
     probabilities,
     read_pictures,
     seconds,
@@ -117,7 +118,7 @@ def _lead(results: Mapping[str, Any], report: Mapping[str, Any]) -> list[Html]:
     figures += [
         KeyFigure(
             f"{source.capitalize()} kept",
-            f"{100 * counts['keep_rate']:.1f} %",
+            percent(counts["keep_rate"]),
             f"of {counts['judged']:,} captions",
         )
         for source, counts in report["captions"].items()

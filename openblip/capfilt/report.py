@@ -3,6 +3,7 @@
 `report.json` holds the numbers of a CapFilt folder, `report.html` shows them with examples.
 """
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -95,8 +96,8 @@ def capfilt_report(folder: Path) -> dict[str, Any]:
     Returns  images and captions by what became of them; match probabilities in NUM_BINS bins;
              `runs`: models and settings, one entry unless shards of several runs lie together;
              `planted_truth` where the samples tell it and all shards have one threshold
-    Raises ValueError for a folder without manifests, and where a manifest and the judged captions
-    beside it disagree.
+    Raises ValueError for a folder without manifests, for a match probability that is NaN, and
+    where a manifest and the judged captions beside it disagree.
     """
     done = {path: Manifest.read(path) for path in manifests(folder)}
     if not done:
@@ -170,6 +171,10 @@ class _Tally:
             else:
                 self.dropped[caption.source][caption.drop_reason] += 1
             assert caption.match_probability is not None
+            if math.isnan(caption.match_probability):
+                raise ValueError(
+                    f"image {image.key}: its match probability is NaN; train the filter anew"
+                )
             place = min(NUM_BINS - 1, int(caption.match_probability * NUM_BINS))
             self.bins_by_source[caption.source][place] += 1
             if caption.source == "web" and "noise" in image.meta:

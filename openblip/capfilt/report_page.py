@@ -5,6 +5,7 @@ import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -209,7 +210,7 @@ def read_pictures(shards: Sequence[Path], keys: set[str]) -> dict[str, Html]:
     """Return the thumbnail of each key, or a note in its place if it cannot be read any more."""
     missing = set(keys)
     result = {}
-    reason = "The picture is not in its shard any more."
+    reason = "The picture is gone."
     for shard in shards:
         try:
             for sample in read_samples(shard, on_bad=lambda key, reason: None):
@@ -245,16 +246,19 @@ def seconds(value: float) -> str:
 
 def _choose_examples(folder: Path) -> list[list[_Example]]:
     """Return, per entry of _EXAMPLES, the images whose hashed keys are smallest."""
-    heaps: list[list[tuple[int, str, _Example]]] = [[] for _ in _EXAMPLES]
+    # The second number is the image's own: images of one key have the same hash.
+    heaps: list[list[tuple[int, int, _Example]]] = [[] for _ in _EXAMPLES]
+    numbers = count()
     for path in manifests(folder):
         shard = Path(Manifest.read(path).shard)
         for image in read_judged(OutputPaths.of(path.stem, folder).captions):
+            number = next(numbers)
             fates = {(c.source, c.drop_reason) for c in image.captions}
             for heap, (title, source, is_kept) in zip(heaps, _EXAMPLES, strict=True):
                 if (source, None if is_kept else UNMATCHED) in fates:
                     # Negative, as a heap gives up its smallest.
                     rank = -stable_id(f"{title}/{path.stem}/{image.key}")
-                    entry = (rank, image.key, _Example(shard, image))
+                    entry = (rank, number, _Example(shard, image))
                     if len(heap) < NUM_EXAMPLES:
                         heapq.heappush(heap, entry)
                     elif rank > heap[0][0]:
