@@ -1,5 +1,6 @@
 """CapFilt's filter: which captions fit their image, and which are kept (BLIP sec. 3.3)."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -68,9 +69,14 @@ class Filter:
         object.__setattr__(self, "model", model_id(self.blip))
 
     def judge(self, images: Tensor, captions: Sequence[Sequence[Caption]]) -> list[list[Caption]]:
-        """Give the captions of prepared images (B, 3, S, S) their match probability and cosine."""
+        """Give the captions of prepared images (B, 3, S, S) their match probability and cosine.
+
+        Raises FloatingPointError if the model has diverged: NaN is neither kept nor dropped.
+        """
         texts = [[caption.text for caption in several] for several in captions]
         judged = judge_texts(self.blip, self.tokenizer, images, texts)
+        if any(math.isnan(j.match_probability) for several in judged for j in several):
+            raise FloatingPointError(f"the filter {self.model} gives NaN: its training diverged")
         return [
             [
                 replace(
