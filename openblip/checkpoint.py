@@ -1,20 +1,48 @@
-"""A checkpoint is a folder: config.json, model.safetensors, tokenizer.json and README.md."""
+"""A checkpoint is a folder: config.json, model.safetensors, tokenizer.json and README.md.
+
+A training run leaves one, with the recipe in its model card, and its losses in a file beside it.
+"""
 
 import hashlib
 import json
 import os
 import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from openblip.config import Recipe, dump_recipe
 from openblip.data.sinks import write_json_atomically
 from openblip.models.blip import Blip, BlipConfig
 from openblip.models.text import Role
+from openblip.models.vision import resize_position_embedding
 from openblip.tokenizer import Tokenizer
 
 FILES = ("config.json", "model.safetensors", "tokenizer.json", "README.md")
+
+_POSITIONS = "vision.position_embedding"
+
+
+@dataclass(frozen=True)
+class Initialised:
+    """A model that starts from another's weights, and the tensors that are not as they were."""
+
+    blip: Blip
+    left_out: tuple[str, ...]
+    resized: tuple[str, ...]
+
+    def notes(self) -> list[str]:
+        """Return sentences that name every tensor left out or resized."""
+        said = {"left out": self.left_out, "resized": self.resized}
+        return [
+            f"tensors {what} ({len(names)}): {', '.join(names)}"
+            for what, names in said.items()
+            if names
+        ]
 
 
 def save_checkpoint(folder: str | Path, blip: Blip, tokenizer: Tokenizer, card: str) -> None:
@@ -23,8 +51,7 @@ def save_checkpoint(folder: str | Path, blip: Blip, tokenizer: Tokenizer, card: 
     Raises ValueError if something is there already.
     """
     folder = Path(folder)
-    if folder.exists():
-        raise ValueError(f"{folder} exists: choose another name or remove it")
+    check_is_free(folder)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     temporary.mkdir(parents=True)
     try:
@@ -36,6 +63,12 @@ def save_checkpoint(folder: str | Path, blip: Blip, tokenizer: Tokenizer, card: 
         temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_is_free(folder: Path) -> None:
+    """Raise ValueError if something is there already, so that a long run finds out early."""
+    if folder.exists():
+        raise ValueError(f"{folder} exists: choose another name or remove it")
 
 
 def load_checkpoint(folder: str | Path) -> tuple[Blip, Tokenizer]:
@@ -68,7 +101,31 @@ def load_checkpoint(folder: str | Path) -> tuple[Blip, Tokenizer]:
     if problems:
         raise ValueError(f"{folder / 'model.safetensors'}: {'; '.join(problems)}")
     blip.load_state_dict(tensors)
-    return blip.eval(), Tokenizer.load(folder / "tokenizer.json")
+    return blip.eval(), load_tokenizer(folder)
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """Read a vocabulary: a `tokenizer.json`, a BERT `vocab.txt` or the one of a checkpoint folder.
+
+    Raises ValueError if there is none that fits.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / "tokenizer.json"
+    if path.suffix == ".json":
+        try:
+            return Tokenizer.load(path)
+        except ValueError:
+            raise
+        except Exception as error:  # `tokenizers` has no class of its own for a broken file
+            raise ValueError(f"{path} is no tokenizer: {error}") from error
+    if not path.is_file():
+        raise ValueError(f"no vocabulary at {path}")
+    try:
+        # Not `splitlines`: it would also break at separators that are words of some vocabularies.
+        return Tokenizer.from_vocabulary(path.read_text("utf-8").rstrip("\n").split("\n"))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def with_roles(blip: Blip, roles: frozenset[Role]) -> Blip:
@@ -84,6 +141,79 @@ def with_roles(blip: Blip, roles: frozenset[Role]) -> Blip:
     own = blip.state_dict()
     part.load_state_dict({name: own[name] for name in part.state_dict()})
     return part
+
+
+def initialise_from(
+    blip: Blip, roles: frozenset[Role], image_size_px: int | None = None
+) -> Initialised:
+    """Return the model that fine-tuning starts from; nowhere else are positions resized.
+
+    image_size_px   side of its images; None keeps that of `blip`
+    Raises ValueError as `with_roles` does, and for a size that the patches do not divide.
+    """
+    part = with_roles(blip, roles)
+    left_out = tuple(sorted(blip.state_dict().keys() - part.state_dict().keys()))
+    vision = part.config.vision
+    if image_size_px is None or image_size_px == vision.image_size_px:
+        return Initialised(part, left_out, ())
+    vision = replace(vision, image_size_px=image_size_px)
+    tensors = part.state_dict()
+    tensors[_POSITIONS] = resize_position_embedding(tensors[_POSITIONS], vision.num_patches)
+    resized = Blip(replace(part.config, vision=vision))
+    resized.load_state_dict(tensors)
+    return Initialised(resized, left_out, (_POSITIONS,))
+
+
+def log_path_of(folder: Path) -> Path:
+    """Return where a run that will save `folder` logs its losses, and make the place for it."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    return folder.with_name(f"{folder.name}.log.jsonl")
+
+
+def save_run(
+    folder: Path, blip: Blip, tokenizer: Tokenizer, recipe: Recipe, what: str, notes: Sequence[str]
+) -> dict[str, Any]:
+    """Save what a run trained, the recipe in its card, and return what came out in plain values.
+
+    what    the training, in a word or two
+    notes   what else a user of the model must know, in sentences
+    """
+    roles = sorted(blip.config.text.roles)
+    result: dict[str, Any] = {
+        "folder": str(folder),
+        "log": str(log_path_of(folder)),
+        "model_id": model_id(blip),
+        "num_parameters": sum(parameter.numel() for parameter in blip.parameters()),
+        "roles": roles,
+        "notes": list(notes),
+        "last_step": json.loads(log_path_of(folder).read_text("utf-8").splitlines()[-1]),
+    }
+    lines = "".join(f"- {note}.\n" for note in notes)
+    card = f"""---
+library_name: openblip
+pipeline_tag: {"image-to-text" if roles == ["decode"] else "image-feature-extraction"}
+tags: [blip]
+---
+# {folder.name}
+
+A BLIP of {result["num_parameters"]:,} parameters for images of \
+{blip.config.vision.image_size_px} px, made by openblip's {what}. Roles: {", ".join(roles)}. \
+Model id `{result["model_id"]}`.
+
+{lines}
+## Recipe
+
+```yaml
+{dump_recipe(recipe)}```
+
+Losses at the last logged step: {result["last_step"]}.
+
+## Use and limits
+
+What it knows is what its data say: see the recipe's `data`. It has been evaluated on nothing yet.
+"""
+    save_checkpoint(folder, blip, tokenizer, card)
+    return result
 
 
 def model_id(blip: Blip) -> str:

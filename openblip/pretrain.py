@@ -1,13 +1,18 @@
 """Pre-training: ITC, ITM and LM together on image-text pairs (BLIP sec. 3.2)."""
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import Field
 
+from openblip.captions import clean_caption
+from openblip.checkpoint import check_is_free, load_tokenizer, log_path_of, save_run
 from openblip.config import Recipe
 from openblip.data.batches import ImageTextBatch
+from openblip.data.sources import list_shards, read_samples
 from openblip.data.stream import PairStream
 from openblip.images import TrainTransform
 from openblip.losses import lm_loss
@@ -18,6 +23,8 @@ from openblip.tokenizer import Tokenizer
 from openblip.training.alignment import Alignment, AlignmentConfig
 from openblip.training.loop import Precision, StepOutput, TrainingStep, fit
 from openblip.training.optim import OptimizerRecipe
+
+_log = logging.getLogger(__name__)
 
 
 class ModelRecipe(Recipe):
@@ -102,6 +109,20 @@ class PretrainRecipe(Recipe):
     seed: int = 42
 
 
+class PretrainRun(PretrainRecipe):
+    """A pre-training with its data, as a recipe file describes it.
+
+    data        tar shards, folders of them, image folders or JSONL files
+    vocabulary  BERT's `vocab.txt`, a `tokenizer.json` or a checkpoint folder; without one a
+                WordPiece vocabulary is learned from the captions, which reads all data once
+    vocab_size  of a vocabulary that is learned
+    """
+
+    data: tuple[str, ...] = Field(min_length=1)
+    vocabulary: str | None = None
+    vocab_size: int = Field(30_524, ge=16)
+
+
 class PretrainStep(TrainingStep):
     """ITC + ITM + LM of a batch, the image encoded once."""
 
@@ -182,4 +203,34 @@ def pretrain(
         log_path=log_path,
         precision=recipe.precision,
     )
+    if stream.problems:
+        problems = dict(stream.problems)
+        _log.warning("%s: not used, by reason, anew in every epoch: %s", title, problems)
     return blip
+
+
+def run_pretraining(run: PretrainRun, out: Path) -> dict[str, Any]:
+    """Pre-train and save the checkpoint `out`, its losses beside it; return what came out.
+
+    Raises ValueError if `out` exists, and for data or a vocabulary that cannot be read.
+    """
+    check_is_free(out)
+    data = [Path(path) for path in run.data]
+    shards = [shard for path in data for shard in list_shards(path)]
+    if run.vocabulary is None:
+        tokenizer = Tokenizer.train(_kept_captions(shards), vocab_size=run.vocab_size)
+        note = f"a vocabulary of {tokenizer.vocab_size} words was learned from the captions"
+    else:
+        tokenizer = load_tokenizer(run.vocabulary)
+        note = f"the vocabulary of {tokenizer.vocab_size} words is that of {run.vocabulary}"
+    blip = pretrain(run, data, tokenizer, log_path=log_path_of(out))
+    return save_run(out, blip, tokenizer, run, "pre-training", [note])
+
+
+def _kept_captions(shards: Sequence[Path]) -> Iterable[str]:
+    # What cannot be used is counted where it is missed, in training.
+    for shard in shards:
+        for sample in read_samples(shard, on_bad=lambda key, reason: None):
+            for caption in sample.captions:
+                if caption.drop_reason is None:
+                    yield clean_caption(caption.text)

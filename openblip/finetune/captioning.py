@@ -1,21 +1,28 @@
 """Captioning: the decoder alone, on human captions behind a prompt (BLIP sec. 5.2)."""
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import Field
 
 from openblip.captions import DEFAULT_PROMPT
+from openblip.checkpoint import check_is_free, initialise_from, log_path_of, save_run
 from openblip.config import Recipe
 from openblip.data.batches import ImageTextBatch
+from openblip.data.sources import list_shards
 from openblip.data.stream import PairStream
+from openblip.hub import load
 from openblip.images import TrainTransform
 from openblip.losses import lm_loss
 from openblip.models.blip import Blip
 from openblip.tokenizer import Tokenizer
 from openblip.training.loop import Precision, StepOutput, TrainingStep, fit
 from openblip.training.optim import OptimizerRecipe
+
+_log = logging.getLogger(__name__)
 
 
 class CaptioningRecipe(Recipe):
@@ -33,6 +40,19 @@ class CaptioningRecipe(Recipe):
     flip: bool = True
     precision: Precision = "float32"
     seed: int = 42
+
+
+class CaptioningRun(CaptioningRecipe):
+    """A run with its data and the model that it starts from, as a recipe file describes it.
+
+    data           tar shards, folders of them, image folders or JSONL files
+    init           checkpoint folder, transformers folder or name on the Hugging Face Hub
+    image_size_px  side of the images; another one than that of `init` resizes the positions
+    """
+
+    data: tuple[str, ...] = Field(min_length=1)
+    init: str
+    image_size_px: int | None = Field(None, ge=1)
 
 
 class CaptioningStep(TrainingStep):
@@ -97,4 +117,27 @@ def finetune_captioning(
         log_path=log_path,
         precision=recipe.precision,
     )
+    if stream.problems:
+        problems = dict(stream.problems)
+        _log.warning("%s: not used, by reason, anew in every epoch: %s", title, problems)
     return blip
+
+
+def run_captioning(run: CaptioningRun, out: Path) -> dict[str, Any]:
+    """Fine-tune and save the checkpoint `out`, its losses beside it; return what came out.
+
+    Raises ValueError if `out` exists, and for data or a model that cannot be read or used.
+    """
+    check_is_free(out)
+    data = [Path(path) for path in run.data]
+    for path in data:
+        list_shards(path)
+    blip, tokenizer = load(run.init)
+    start = initialise_from(blip, frozenset({"decode"}), run.image_size_px)
+    notes = [f"it starts from {run.init}", *start.notes()]
+    for note in notes:
+        _log.info("%s", note)
+    finetune_captioning(
+        run, start.blip, data, tokenizer, log_path=log_path_of(out), title="captioning"
+    )
+    return save_run(out, start.blip, tokenizer, run, "captioning", notes)

@@ -1,20 +1,27 @@
 """Image-text retrieval: ITC and ITM on human captions; CapFilt's filter is this (BLIP sec. 5.1)."""
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import Field
 
+from openblip.checkpoint import check_is_free, initialise_from, log_path_of, save_run
 from openblip.config import Recipe
 from openblip.data.batches import ImageTextBatch
+from openblip.data.sources import list_shards
 from openblip.data.stream import PairStream
+from openblip.hub import load
 from openblip.images import TrainTransform
 from openblip.models.blip import Blip
 from openblip.tokenizer import Tokenizer
 from openblip.training.alignment import Alignment, AlignmentConfig
 from openblip.training.loop import Precision, StepOutput, TrainingStep, fit
 from openblip.training.optim import OptimizerRecipe
+
+_log = logging.getLogger(__name__)
 
 
 class RetrievalRecipe(Recipe):
@@ -34,6 +41,19 @@ class RetrievalRecipe(Recipe):
     flip: bool = True
     precision: Precision = "float32"
     seed: int = 42
+
+
+class RetrievalRun(RetrievalRecipe):
+    """A run with its data and the model that it starts from, as a recipe file describes it.
+
+    data           tar shards, folders of them, image folders or JSONL files
+    init           checkpoint folder, transformers folder or name on the Hugging Face Hub
+    image_size_px  side of the images; another one than that of `init` resizes the positions
+    """
+
+    data: tuple[str, ...] = Field(min_length=1)
+    init: str
+    image_size_px: int | None = Field(None, ge=1)
 
 
 class RetrievalStep(TrainingStep):
@@ -107,4 +127,27 @@ def finetune_retrieval(
         log_path=log_path,
         precision=recipe.precision,
     )
+    if stream.problems:
+        problems = dict(stream.problems)
+        _log.warning("%s: not used, by reason, anew in every epoch: %s", title, problems)
     return blip
+
+
+def run_retrieval(run: RetrievalRun, out: Path) -> dict[str, Any]:
+    """Fine-tune and save the checkpoint `out`, its losses beside it; return what came out.
+
+    Raises ValueError if `out` exists, and for data or a model that cannot be read or used.
+    """
+    check_is_free(out)
+    data = [Path(path) for path in run.data]
+    for path in data:
+        list_shards(path)
+    blip, tokenizer = load(run.init)
+    start = initialise_from(blip, frozenset({"text", "pair"}), run.image_size_px)
+    notes = [f"it starts from {run.init}", *start.notes()]
+    for note in notes:
+        _log.info("%s", note)
+    finetune_retrieval(
+        run, start.blip, data, tokenizer, log_path=log_path_of(out), title="retrieval fine-tuning"
+    )
+    return save_run(out, start.blip, tokenizer, run, "retrieval fine-tuning", notes)
