@@ -3,6 +3,7 @@
 Letters: B texts, L tokens.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,15 +75,22 @@ class Tokenizer:
     def train(
         cls, texts: Iterable[str], *, vocab_size: int = 30_524, min_frequency: int = 2
     ) -> "Tokenizer":
-        """Learn a WordPiece vocabulary of at most `vocab_size` from any texts, in any language."""
+        """Learn a WordPiece vocabulary of at most `vocab_size` from any texts, in any language.
+
+        The same words, as often, give the same vocabulary.
+        """
         raw = _wordpiece(models.WordPiece(unk_token="[UNK]"))
+        counts = Counter(word for text in texts for word in text.split())
+        # The trainer numbers inner letters in the order of its hash map, another one in every run,
+        # and breaks ties between merges by these numbers; what is given as special, in our order.
+        inner = {f"##{letter}" for word in counts for letter in _inner_letters(raw, word)}
         trainer = trainers.WordPieceTrainer(
             vocab_size=vocab_size - len(BLIP_TOKENS),
             min_frequency=min_frequency,
-            special_tokens=list(BASE_TOKENS),
+            special_tokens=[*BASE_TOKENS, *sorted(inner)],
             show_progress=False,
         )
-        raw.train_from_iterator(texts, trainer)
+        raw.train_from_iterator(counts.elements(), trainer)
         words = sorted(raw.get_vocab().items(), key=lambda item: item[1])
         return cls.from_vocabulary([word for word, _ in words])
 
@@ -133,6 +141,12 @@ class Tokenizer:
         for spaced, closed in _CLEAN_UP:
             text = text.replace(spaced, closed)
         return text
+
+
+def _inner_letters(raw: RawTokenizer, word: str) -> set[str]:
+    """Return the letters of a word that do not begin a piece of it."""
+    pieces = raw.pre_tokenizer.pre_tokenize_str(raw.normalizer.normalize_str(word))
+    return {letter for piece, _ in pieces for letter in piece[1:]}
 
 
 def _wordpiece(model: models.WordPiece) -> RawTokenizer:

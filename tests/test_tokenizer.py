@@ -1,4 +1,5 @@
 import json
+import random
 from pathlib import Path
 
 import pytest
@@ -53,3 +54,16 @@ def test_errors_say_what_is_wrong(tmp_path: Path, tokenizer: Tokenizer) -> None:
         Tokenizer.from_vocabulary(["[PAD]", "[UNK]", "[SEP]", "cat"])
     with pytest.raises(ValueError, match="max_tokens 2"):
         tokenizer.encode_batch(["a"], max_tokens=2)
+
+
+def test_the_same_texts_in_any_order_train_the_same_vocabulary(tmp_path: Path) -> None:
+    """The trainer's hash maps are seeded anew each time, so a few trainings would differ."""
+    text = "the red circle stands left of a blue square, which isn't big: über-größe 紅"
+    words = text.split()
+    texts = [" ".join(words[i:] + words[:i]) for i in range(len(words))]
+    files = set()
+    for seed in range(6):
+        shuffled = random.Random(seed).sample(texts, len(texts))
+        Tokenizer.train(iter(shuffled), vocab_size=90).save(tmp_path / "tokenizer.json")
+        files.add((tmp_path / "tokenizer.json").read_text())
+    assert len(files) == 1
