@@ -42,6 +42,12 @@ class RetrievalRecipe(Recipe):
     precision: Precision = "float32"
     seed: int = 42
 
+    def soft_target_weight_at(self, step: int) -> float:
+        """Return the weight at a step: from 0 in a straight line over the ramp."""
+        if step >= self.soft_target_ramp_steps:
+            return self.soft_target_weight
+        return self.soft_target_weight * step / self.soft_target_ramp_steps
+
 
 class RetrievalRun(RetrievalRecipe):
     """A run with its data and the model that it starts from, as a recipe file describes it.
@@ -66,7 +72,6 @@ class RetrievalStep(TrainingStep):
         self.alignment = Alignment(blip, recipe.alignment)
 
     def forward(self, batch: ImageTextBatch, step: int) -> StepOutput:
-        ramp = min(1.0, step / max(1, self.recipe.soft_target_ramp_steps))
         image_states = self.blip.encode_image(batch.images)
         aligned = self.alignment(
             self.blip,
@@ -77,7 +82,7 @@ class RetrievalStep(TrainingStep):
             batch.text_mask,
             batch.image_ids,
             batch.text_ids,
-            self.recipe.soft_target_weight * ramp,
+            self.recipe.soft_target_weight_at(step),
         )
         total = aligned.itc + aligned.itm
         measures: dict[str, torch.Tensor | float] = {

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from openblip.finetune.retrieval import RetrievalRecipe
 from openblip.models.blip import Blip, BlipConfig
 from openblip.models.text import MedConfig, SpecialTokens
 from openblip.models.vision import VisionConfig
@@ -99,18 +100,29 @@ def test_the_warm_up_equals_the_reference(reference: Path) -> None:
     assert ours == pytest.approx(rates, rel=1e-9)
 
 
-def test_the_soft_target_weight_rises_as_in_the_reference(reference: Path) -> None:
-    """Over two epochs in pre-training; learning rates per epoch (x 0.9) are none of ours."""
+@pytest.mark.parametrize(
+    ("run", "recipe", "ramp_epochs"),
+    [("pretrain.train", ObjectiveRecipe, 2), ("train_retrieval.train", RetrievalRecipe, 1)],
+)
+def test_the_soft_target_weight_rises_as_in_the_reference(
+    reference: Path, run: str, recipe: type, ramp_epochs: int
+) -> None:
+    """Learning rates per epoch, as they stand beside the weights, are none of ours."""
     facts = json.loads((reference / "schedules.json").read_text())
-    [(name, epochs)] = [item for item in facts.items() if item[0].startswith("pretrain.train")]
+    [(name, epochs)] = [item for item in facts.items() if item[0].startswith(run)]
     given = re.search(r"(\d+) epochs of (\d+) batches; alpha (\.?[\d.]+)", name)
     assert given is not None, name
-    ramp = 2 * int(given[2])
-    objective = ObjectiveRecipe(soft_target_weight=float(given[3]), soft_target_ramp_steps=ramp)
+    ramp = ramp_epochs * int(given[2])
+    values = recipe(soft_target_weight=float(given[3]), soft_target_ramp_steps=ramp)
     weights = [weight for epoch in epochs for weight, _ in epoch]
-    ours = [objective.soft_target_weight_at(step) for step in range(len(weights))]
+    ours = [values.soft_target_weight_at(step) for step in range(len(weights))]
     assert ours == pytest.approx(weights, rel=1e-9)
-    assert ObjectiveRecipe(soft_target_weight=0.3).soft_target_weight_at(0) == 0.3
+
+
+@pytest.mark.parametrize("recipe", [ObjectiveRecipe, RetrievalRecipe])
+def test_without_a_ramp_the_soft_target_weight_is_there_from_the_first_step(recipe: type) -> None:
+    values = recipe(soft_target_weight=0.3, soft_target_ramp_steps=0)
+    assert values.soft_target_weight_at(0) == 0.3
 
 
 def test_matrices_are_decayed_and_nothing_else(blip: Blip) -> None:
