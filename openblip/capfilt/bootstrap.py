@@ -12,6 +12,7 @@ goes on behind the last one. The rows of the ablation are those of BLIP's table 
 """
 
 import json
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -107,6 +108,10 @@ class _Loop:
         self.tokenizer = self._tokenizer()
 
     def run(self, has_ablation: bool) -> dict[str, Any]:
+        models = [name for name in MODELS if has_ablation or not name.endswith("_only")]
+        self.stages = ["base", "captioner", "filter", "capfilt", "bootstrapped"]
+        self.stages += [name for name in models if name not in self.stages]
+        self.stages += [_evaluation_of(name) for name in models]
         base = self._model("base", lambda: self._pretrain("base", self.data.web))
         captioner = self._model("captioner", lambda: self._finetune_captioner(base))
         judge = self._model("filter", lambda: self._finetune_filter(base))
@@ -120,10 +125,7 @@ class _Loop:
             ):
                 captions = self._select(name, keep)
                 self._model(name, lambda n=name, c=captions: self._pretrain(n, c))  # type: ignore[misc]
-        scores = {
-            name: self._evaluate(name) for name in MODELS if has_ablation or "only" not in name
-        }
-        results = self._results(scores)
+        results = self._results({name: self._evaluate(name) for name in models})
         write_json_atomically(self.out / "results.json", results)
         write_bootstrap_report(self.out, self.data)
         return results
@@ -219,7 +221,7 @@ class _Loop:
             recipe = self.recipe.evaluation
             blip, tokenizer = load_checkpoint(self.out / name)
             samples = list(_samples(self.data.test))
-            with self._timed(f"evaluation of {name}"):
+            with self._timed(_evaluation_of(name)):
                 retrieval = evaluate_retrieval(blip, tokenizer, samples, shortlist=recipe.shortlist)
                 captioning = evaluate_captioning(
                     blip, tokenizer, samples, prompt=recipe.prompt, decoding=recipe.decoding
@@ -247,12 +249,18 @@ class _Loop:
 
     @contextmanager
     def _timed(self, stage: str) -> Iterator[None]:
-        """Add the seconds of a stage to those that the folder remembers."""
+        """Say which stage runs, and add its seconds to those that the folder remembers."""
+        place = self.stages.index(stage) + 1
+        print(f"stage {place} of {len(self.stages)}: {stage}", file=sys.stderr, flush=True)
         start = time.monotonic()
         yield
         spent = self.seconds.get(stage, 0.0) + time.monotonic() - start
         self.seconds[stage] = round(spent, 1)
         write_json_atomically(self.out / "seconds.json", self.seconds)
+
+
+def _evaluation_of(model: str) -> str:
+    return f"evaluation of {model}"
 
 
 def _samples(path: Path) -> Iterator[Sample]:
