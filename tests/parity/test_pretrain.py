@@ -254,7 +254,7 @@ def test_norms_draws_and_temperature_of_every_step(
         gradients = {name: p.grad for name, p in blip.named_parameters()}
         check_norms(to_official(gradients, names), step["grad_norms"])
         total = sum(float(g.double().square().sum()) for g in gradients.values()) ** 0.5
-        assert total == pytest.approx(step["grad_norm_total"], rel=1e-5)
+        assert total == pytest.approx(step["grad_norm_total"], rel=1e-4)
         optimizer.step()
         parameters = to_official(dict(blip.named_parameters()), names)
         check_norms(parameters, step["param_norms_after_adamw"], (index + 1) * lr)

@@ -138,6 +138,36 @@ def test_captioning(saved) -> None:
     assert finished == {True, False}
 
 
+@torch.no_grad()
+def test_beams(saved) -> None:
+    """Today's transformers counts generated tokens, as scoring `openblip` does."""
+    folder = saved(BlipForConditionalGeneration)
+    theirs = BlipForConditionalGeneration.from_pretrained(folder).eval()
+    converted = read_foreign(folder)
+    blip, tokens = converted.blip, converted.tokenizer.special
+    images = torch.randn(6, 3, 24, 24, generator=torch.Generator().manual_seed(5))
+    context = blip.project_context(blip.encode_image(images))
+    finished = set()
+    for bias in (0.0, 2.0, 3.0):  # adds up: more and more captions end
+        theirs.text_decoder.cls.predictions.bias[tokens.sep] += bias
+        blip.text.lm_head.bias[tokens.sep] += bias
+        for prompt in ([], converted.tokenizer.encode("a picture of")[1:-1]):
+            given = torch.tensor([[tokens.dec, *prompt, tokens.sep]]).repeat(len(images), 1)
+            for num_beams in (2, 5):
+                ids = theirs.generate(
+                    images, given, max_new_tokens=9, num_beams=num_beams, do_sample=False
+                )[:, 1 + len(prompt) :].tolist()  # fmt: skip
+                captions = generate(
+                    blip, context, prompt_ids=prompt, tokens=tokens, seeds=[0] * len(images),
+                    decoding=Decoding(num_beams=num_beams, min_tokens=0, max_tokens=9),
+                )  # fmt: skip
+                for [caption], row in zip(captions, ids, strict=True):
+                    end = [tokens.sep] if caption.is_finished else []
+                    assert [*caption.token_ids, *end] == [i for i in row if i != tokens.pad]
+                    finished.add(caption.is_finished)
+    assert finished == {True, False}
+
+
 @pytest.mark.parametrize("kind", [BlipForConditionalGeneration, BlipForImageTextRetrieval])
 def test_their_folder_comes_back_bit_equal(kind: type, saved, tmp_path: Path) -> None:
     folder = saved(kind)
