@@ -1,0 +1,327 @@
+"""The command line: parse, call, print.
+
+Answers go to stdout, with --json as one JSON document; progress and messages go to stderr.
+Exit codes: 0; 1 for `caption --strict` if an image failed; 2 for what the user can put right, with
+a sentence on stderr; 130 for Ctrl-C. Any other error is ours and keeps its traceback.
+
+Imports of torch, and of what imports it, stand inside the commands: --help must not wait for it.
+"""
+
+import io
+import logging
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from typer.core import TyperGroup
+
+from openblip import __version__, cli_stages
+from openblip.captions import DEFAULT_PROMPT
+from openblip.cli_options import AsJson, Data, ModelArgument, ModelOption, Prompt
+from openblip.cli_output import answer, conversion_text, say, table
+from openblip.data.samples import Sample
+from openblip.data.sinks import write_json_atomically
+from openblip.data.sources import list_shards, read_samples
+
+EXIT_FAILED_IMAGES, EXIT_USER_ERROR, EXIT_INTERRUPTED = 1, 2, 130
+
+
+class _Commands(TyperGroup):
+    """Turns what the user can put right into a sentence and an exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            say("stopped by Ctrl-C")
+            raise typer.Exit(EXIT_INTERRUPTED) from None
+        except ValueError as error:
+            say(f"error: {error}")
+        except OSError as error:
+            if error.filename is None:
+                raise
+            say(f"error: {error.filename}: {error.strerror}")
+        raise typer.Exit(EXIT_USER_ERROR)
+
+
+app = typer.Typer(
+    cls=_Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+evaluate_app = typer.Typer(
+    help="Measure a model on images with human captions.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+app.command()(cli_stages.quickstart)
+app.command()(cli_stages.bootstrap)
+app.command()(cli_stages.pretrain)
+app.add_typer(cli_stages.finetune_app, name="finetune")
+app.add_typer(cli_stages.capfilt_app, name="capfilt")
+app.add_typer(evaluate_app, name="evaluate")
+
+
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        print(f"openblip {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def start(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", is_eager=True, callback=_print_version, help="Print the version."
+        ),
+    ] = False,
+) -> None:
+    """BLIP, maintained: models that caption and match images, and improve their own data."""
+    # Names of files may hold bytes that are no UTF-8: they are shown, and are no reason to stop.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("openblip").setLevel(logging.INFO)
+
+
+@evaluate_app.command("retrieval")
+def evaluate_retrieval(
+    model: ModelArgument,
+    data: Data,
+    shortlist: Annotated[
+        int,
+        typer.Option(min=1, help="Candidates that ITM re-ranks; BLIP takes 256, Flickr30k 128."),
+    ] = 128,
+    as_json: AsJson = False,
+) -> None:
+    """Measure recalls of texts for images and the reverse.
+
+    In percent; tr finds texts for an image, ir images for a text.
+    """
+    from openblip.evaluation.retrieval import evaluate_retrieval as evaluate
+    from openblip.hub import load
+
+    samples = _samples(data)
+    report = evaluate(*load(model), samples, shortlist=shortlist)
+    itc, reranked = report.itc.to_json(), report.reranked.to_json()
+    rows = [[name, f"{itc[name]:.2f}", f"{reranked[name]:.2f}"] for name in itc]
+    size = f"{report.num_images} images, {report.num_texts} texts, shortlist {shortlist}"
+    text = table([["recall in %", "itc", "reranked"], *rows])
+    answer(report.to_json(), f"{text}\n{size}", as_json=as_json)
+
+
+@evaluate_app.command("captioning")
+def evaluate_captioning(
+    model: ModelArgument,
+    data: Data,
+    prompt: Prompt = DEFAULT_PROMPT,
+    num_beams: Annotated[int, typer.Option("--beam", min=1, help="Beams of the search.")] = 3,
+    captions: Annotated[
+        Path | None, typer.Option(help="Also write the captions here, as COCO results JSON.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Caption every image and score it by its own captions."""
+    from openblip.evaluation.captioning import evaluate_captioning as evaluate
+    from openblip.generation import Decoding
+    from openblip.hub import load
+
+    samples = _samples(data)
+    decoding = Decoding(method="beam", num_beams=num_beams)
+    report = evaluate(*load(model), samples, prompt=prompt, decoding=decoding)
+    if captions is not None:
+        captions.parent.mkdir(parents=True, exist_ok=True)
+        predictions = [
+            {
+                "image_id": sample.meta.get("image_id", sample.key),
+                "caption": report.captions[sample.key],
+            }
+            for sample in samples
+        ]
+        write_json_atomically(captions, predictions)
+    rows = [[name, f"{value:.4f}"] for name, value in report.scores.to_json().items()]
+    text = table([*rows, ["images", str(len(samples))]])
+    answer(report.to_json(), text, as_json=as_json)
+
+
+@app.command()
+def caption(
+    paths: Annotated[
+        list[Path], typer.Argument(metavar="PATHS", help="Image files, and folders of them.")
+    ],
+    model: ModelOption,
+    prompt: Prompt = DEFAULT_PROMPT,
+    method: Annotated[
+        Literal["greedy", "beam", "nucleus"], typer.Option(help="How captions are decoded.")
+    ] = "beam",
+    num_beams: Annotated[int, typer.Option(min=1, help="Beams of the method beam.")] = 3,
+    top_p: Annotated[float, typer.Option(help="Mass that the method nucleus draws from.")] = 0.9,
+    num_captions: Annotated[int, typer.Option("--captions", min=1, help="Per image.")] = 1,
+    min_tokens: Annotated[int, typer.Option(help="Of a caption, without the prompt.")] = 5,
+    max_tokens: Annotated[int, typer.Option(help="Of a caption, without the prompt.")] = 20,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images that are decoded together.")] = 16,
+    seed: Annotated[int, typer.Option(help="Of nucleus, together with the file's name.")] = 42,
+    is_strict: Annotated[
+        bool, typer.Option("--strict", help="Exit with 1 if a file could not be captioned.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write captions for images.
+
+    Prints a line with path, tab and caption for each. Folders are read with all that is in them.
+    A file that is no image, or is damaged, is named on stderr with the reason, and the others are
+    captioned all the same.
+    """
+    from openblip.data.batches import stable_id
+    from openblip.data.files import list_files, read_batches
+    from openblip.generation import Decoding
+    from openblip.hub import load
+    from openblip.inference import caption_images
+    from openblip.training.log import ProgressLine
+
+    decoding = Decoding(
+        method=method, num_beams=num_beams, top_p=top_p, min_tokens=min_tokens,
+        max_tokens=max_tokens,
+    )  # fmt: skip
+    images: list[dict[str, Any]] = []
+    failed: list[dict[str, str]] = []
+
+    def on_bad(path: Path, reason: str) -> None:
+        failed.append({"path": str(path), "reason": reason})
+        say(f"not captioned: {path}: {reason}")
+
+    files = list_files(paths, on_bad=on_bad)
+    blip, tokenizer = load(model)
+    batches = read_batches(files, blip.config.vision.image_size_px, batch_size, on_bad=on_bad)
+    # A progress bar on the terminal takes over what is printed to sys.stdout, even to a file.
+    stdout = sys.stdout
+    with ProgressLine("captions", len(files), unit="files") as progress:
+        for names, batch in batches:
+            written = caption_images(
+                blip, tokenizer, batch, prompt=prompt, decoding=decoding,
+                seeds=[stable_id(f"{seed}/{path.name!a}") for path in names],
+                captions_per_image=num_captions,
+            )  # fmt: skip
+            for path, several in zip(names, written, strict=True):
+                captions = [
+                    {"text": one.text, "mean_log_probability": one.mean_log_probability}
+                    for one in several
+                ]
+                images.append({"path": str(path), "captions": captions})
+                if not as_json:
+                    for one in several:
+                        print(f"{path}\t{one.text}", file=stdout, flush=True)
+            progress.advance(len(images) + len(failed) - progress.done)
+    if failed:
+        say(f"{len(failed)} of {len(files)} files were not captioned")
+    if as_json:
+        answer({"images": images, "failed": failed}, "", as_json=True)
+    if failed and is_strict:
+        raise typer.Exit(EXIT_FAILED_IMAGES)
+
+
+@app.command()
+def match(
+    image: Annotated[Path, typer.Argument(metavar="IMAGE", help="Image file.")],
+    texts: Annotated[list[str], typer.Argument(metavar="TEXT", help="Texts to judge.")],
+    model: ModelOption,
+    as_json: AsJson = False,
+) -> None:
+    """Judge how well texts fit an image.
+
+    Prints for every text the probability of the ITM head that the pair matches, and the ITC cosine.
+    """
+    from openblip.hub import load
+    from openblip.images import ImageDecodeError
+    from openblip.inference import MAX_TEXT_TOKENS, judge_texts, read_image, tokenize
+
+    data = image.read_bytes()
+    blip, tokenizer = load(model)
+    try:
+        pixels = read_image(data, blip.config.vision.image_size_px)
+    except ImageDecodeError as error:
+        raise ValueError(f"{image}: {error}") from error
+    [judged] = judge_texts(blip, tokenizer, pixels[None], [texts])
+    if num_truncated := tokenize(tokenizer, texts).num_truncated:
+        say(f"{num_truncated} texts are longer than {MAX_TEXT_TOKENS} tokens and were cut")
+    matches = [{"text": text, **asdict(one)} for text, one in zip(texts, judged, strict=True)]
+    lines = [f"{'match_probability':>17}  {'similarity':>10}  text"]
+    lines += [
+        f"{one.match_probability:17.4f}  {one.similarity:10.4f}  {text}"
+        for text, one in zip(texts, judged, strict=True)
+    ]
+    answer({"image": str(image), "texts": matches}, "\n".join(lines), as_json=as_json)
+
+
+@app.command()
+def convert(
+    source: Annotated[
+        Path,
+        typer.Argument(help="Released BLIP checkpoint, transformers folder, or openblip folder."),
+    ],
+    target: Annotated[Path, typer.Argument(help="Folder to write; a new one.")],
+    kind: Annotated[
+        Literal["openblip", "transformers"], typer.Option("--to", help="What to write.")
+    ] = "openblip",
+    config: Annotated[
+        Path | None, typer.Option(help="Sizes of a checkpoint: a config.json of its code.")
+    ] = None,
+    vocabulary: Annotated[
+        Path | None, typer.Option(help="BERT's vocab.txt or a tokenizer.json.")
+    ] = None,
+    architecture: Annotated[
+        Literal["BlipForConditionalGeneration", "BlipForImageTextRetrieval"] | None,
+        typer.Option(help="What transformers gets of a model with all roles."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Convert weights from and to other libraries.
+
+    By default a released checkpoint or a transformers folder becomes an openblip folder; with
+    --to transformers an openblip folder becomes a transformers folder. Says which tensors were
+    left out and why.
+    """
+    from openblip.convert import convert_to_openblip, convert_to_transformers
+
+    match kind:
+        case "openblip":
+            if architecture is not None:
+                raise ValueError(f"--architecture {architecture} is for --to transformers alone")
+            report = convert_to_openblip(source, target, config=config, vocabulary=vocabulary)
+        case "transformers":
+            if config is not None or vocabulary is not None:
+                raise ValueError(f"{source} has sizes and words: leave --config, --vocabulary out")
+            report = convert_to_transformers(source, target, architecture=architecture)
+    answer(report.to_json(), conversion_text(report, target), as_json=as_json)
+
+
+def main() -> None:
+    """Run the command that the process was called with."""
+    app(prog_name="openblip")
+
+
+def _samples(data: Path) -> list[Sample]:
+    """Read a data set to measure on.
+
+    Raises ValueError naming the first sample that is unusable, before a model spends its time.
+    """
+    from openblip.images import ImageDecodeError, decode_image
+
+    def refuse(key: str, reason: str) -> None:
+        raise ValueError(f"{data}: sample {key} is unusable: {reason}")
+
+    samples = [s for shard in list_shards(data) for s in read_samples(shard, on_bad=refuse)]
+    for sample in samples:
+        try:
+            decode_image(sample.image_bytes)
+        except ImageDecodeError as error:
+            refuse(sample.key, str(error))
+        if not sample.captions:
+            refuse(sample.key, "it has no caption to compare with")
+    return samples

@@ -1,0 +1,32 @@
+"""Arguments and options that several commands have."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Recipe = Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML file; see recipes/.")]
+Out = Annotated[Path, typer.Option("--out", help="Folder to write.")]
+NewFolder = Annotated[Path, typer.Option("--out", help="Checkpoint folder to write; a new one.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Replace a value of the recipe; the value is YAML: seed=7, optimizer.lr=1e-4, "
+        "data=[/a,/b]. May be given several times.",
+    ),
+]
+HasAblation = Annotated[
+    bool,
+    typer.Option(
+        "--ablation", help="Train two more models: captioner alone, and filter alone (table 1)."
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+MODEL_HELP = "Checkpoint folder, transformers folder, or name on the Hugging Face Hub."
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
+ModelOption = Annotated[str, typer.Option("--model", help=MODEL_HELP)]
+DATA_HELP = "Tar shard, folder of tar shards, image folder with captions, or JSONL file."
+Data = Annotated[Path, typer.Argument(metavar="DATA", help=DATA_HELP)]
+Prompt = Annotated[str, typer.Option("--prompt", help="Start that is given to the decoder.")]

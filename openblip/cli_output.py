@@ -1,0 +1,90 @@
+"""What commands print: answers on stdout, as text or as one JSON document; the rest on stderr."""
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from openblip.convert import ConversionReport
+
+
+def say(message: str) -> None:
+    """Print a message that is not the answer."""
+    print(f"openblip: {message}", file=sys.stderr, flush=True)
+
+
+def answer(result: object, text: str, *, as_json: bool) -> None:
+    """Print the answer: the result as JSON, or the text that says the same."""
+    print(json.dumps(result, ensure_ascii=False, indent=2) if as_json else text)
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Align rows of equal length: the first column to the left, the others to the right."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(
+            [row[0].ljust(widths[0])]
+            + [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+        ).rstrip()
+        for row in rows
+    )
+
+
+def loop_text(results: Mapping[str, Any], out: Path) -> str:
+    """Say what a bootstrap loop measured: the models side by side, and where its page lies."""
+    models = results.get("ablation") or {name: results[name] for name in ("before", "after")}
+    measures = list(next(iter(models.values())))
+    rows = [["", *models]]
+    rows += [[name, *(f"{scores[name]:.3f}" for scores in models.values())] for name in measures]
+    lines = [table(rows)]
+    if results["filter"]:
+        lines.append(
+            f"filter: ROC-AUC {results['filter']['roc_auc']:.3f} against the known truth, "
+            f"{100 * results['filter']['precision']:.1f} % of the web captions it keeps are true"
+        )
+    lines.append(f"{results['seconds']:.0f} s; open {out / 'report.html'}")
+    return "\n".join(lines)
+
+
+def run_text(result: Mapping[str, Any]) -> str:
+    """Say what a training left."""
+    losses = ", ".join(f"{name} {value:.4g}" for name, value in result["last_step"].items())
+    return (
+        f"{result['folder']}: {result['num_parameters']:,} parameters, roles "
+        f"{', '.join(result['roles'])}, model id {result['model_id']}\n"
+        f"{result['log']}: {losses}"
+    )
+
+
+def capfilt_text(report: Mapping[str, Any], folder: Path) -> str:
+    """Say what became of the captions, by source, and where the page lies."""
+    rows = [["captions", "judged", "kept", "keep rate"]]
+    reasons = list(dict.fromkeys(r for c in report["captions"].values() for r in c["dropped"]))
+    rows[0] += reasons
+    for source, counts in report["captions"].items():
+        rate = f"{100 * counts['keep_rate']:.1f} %"
+        dropped = [str(counts["dropped"].get(reason, 0)) for reason in reasons]
+        rows.append([source, str(counts["judged"]), str(counts["kept"]), rate, *dropped])
+    lines = [table(rows)]
+    lines.append(
+        f"{report['num_images_kept']} of {report['num_images']} images kept, of "
+        f"{report['num_shards']} shards"
+    )
+    if report["bad"]:
+        told = ", ".join(f"{reason} {number}" for reason, number in report["bad"].items())
+        lines.append(f"not used: {told}")
+    lines.append(f"open {folder / 'report.html'}")
+    return "\n".join(lines)
+
+
+def conversion_text(report: "ConversionReport", target: Path) -> str:
+    """Say what a conversion read, what it left out and why, and what its user must know."""
+    lines = [
+        f"{target}: {report.num_parameters:,} parameters, roles {', '.join(report.roles)}, "
+        f"from {report.kind}"
+    ]
+    lines += [f"left out: {number} ({reason})" for reason, number in report.left_out.items()]
+    lines += [f"note: {note}" for note in report.notes]
+    return "\n".join(lines)

@@ -1,0 +1,214 @@
+"""The commands that run stages: the whole loop, trainings, CapFilt; `cli` takes them up."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from openblip.cli_options import (
+    DATA_HELP,
+    MODEL_HELP,
+    AsJson,
+    HasAblation,
+    NewFolder,
+    Out,
+    Overrides,
+    Recipe,
+)
+from openblip.cli_output import answer, capfilt_text, loop_text, run_text
+from openblip.config import load_recipe
+from openblip.data.sources import list_shards
+
+finetune_app = typer.Typer(
+    help="Fine-tune a pre-trained model for one task.", no_args_is_help=True, rich_markup_mode=None
+)
+capfilt_app = typer.Typer(
+    help="Caption the images of the web, and filter the captions.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+
+
+def quickstart(
+    out: Out,
+    has_ablation: HasAblation = False,
+    seed: Annotated[int, typer.Option(help="Of the drawn world and of all trainings.")] = 42,
+    as_json: AsJson = False,
+) -> None:
+    """Run the whole loop on a drawn world, in minutes on a CPU.
+
+    Pre-trains a model on noisy captions, fine-tunes captioner and filter, bootstraps the captions
+    and pre-trains anew. Prints the scores before and after; report.html shows what happened. A
+    quickstart that was stopped goes on where it was.
+    """
+    from openblip.quickstart import quickstart as run
+
+    results = run(out, seed=seed, has_ablation=has_ablation)
+    answer(results, loop_text(results, out), as_json=as_json)
+
+
+def bootstrap(
+    recipe: Recipe,
+    web: Annotated[Path, typer.Option(help="Noisy image-text pairs. " + DATA_HELP)],
+    human: Annotated[Path, typer.Option(help="Images with human captions to fine-tune on.")],
+    test: Annotated[Path, typer.Option(help="Held-out images with human captions.")],
+    out: Out,
+    has_ablation: HasAblation = False,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Run the whole loop of BLIP on your data.
+
+    Pre-train, fine-tune captioner and filter, CapFilt, pre-train anew, compare.
+
+    Every stage leaves a folder in --out; a loop that was stopped goes on behind the last one.
+    """
+    from openblip.capfilt.bootstrap import BootstrapData, BootstrapRecipe
+    from openblip.capfilt.bootstrap import bootstrap as run
+
+    loop = load_recipe(BootstrapRecipe, recipe, overrides or ())
+    for path in (web, human, test):
+        list_shards(path)
+    results = run(loop, BootstrapData(web, human, test), out, has_ablation=has_ablation)
+    answer(results, loop_text(results, out), as_json=as_json)
+
+
+def pretrain(
+    recipe: Recipe, out: NewFolder, overrides: Overrides = None, as_json: AsJson = False
+) -> None:
+    """Pre-train a new model with ITC, ITM and LM.
+
+    See recipes/pretrain.yaml.
+    """
+    from openblip.pretrain import PretrainRun, run_pretraining
+
+    run = load_recipe(PretrainRun, recipe, overrides or ())
+    result = run_pretraining(run, out)
+    answer(result, run_text(result), as_json=as_json)
+
+
+@finetune_app.command("captioning")
+def finetune_captioning(
+    recipe: Recipe, out: NewFolder, overrides: Overrides = None, as_json: AsJson = False
+) -> None:
+    """Fine-tune a model to write captions.
+
+    See recipes/finetune_captioning.yaml.
+    """
+    from openblip.finetune.captioning import CaptioningRun, run_captioning
+
+    run = load_recipe(CaptioningRun, recipe, overrides or ())
+    result = run_captioning(run, out)
+    answer(result, run_text(result), as_json=as_json)
+
+
+@finetune_app.command("retrieval")
+def finetune_retrieval(
+    recipe: Recipe, out: NewFolder, overrides: Overrides = None, as_json: AsJson = False
+) -> None:
+    """Fine-tune a model to match images and texts.
+
+    CapFilt's filter is one of these. See recipes/finetune_retrieval.yaml.
+    """
+    from openblip.finetune.retrieval import RetrievalRun, run_retrieval
+
+    run = load_recipe(RetrievalRun, recipe, overrides or ())
+    result = run_retrieval(run, out)
+    answer(result, run_text(result), as_json=as_json)
+
+
+@capfilt_app.command("run")
+def capfilt_run(
+    source: Annotated[Path, typer.Argument(metavar="INPUT", help=DATA_HELP)],
+    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="Folder to write.")],
+    captioner: Annotated[str, typer.Option(help="Model that writes. " + MODEL_HELP)],
+    judge: Annotated[str, typer.Option("--filter", help="Model that judges. " + MODEL_HELP)],
+    recipe: Annotated[
+        Path | None, typer.Option(help="YAML file; without one, the paper's settings.")
+    ] = None,
+    overrides: Overrides = None,
+    is_forced: Annotated[
+        bool, typer.Option("--force", help="Do shards anew that were done with other settings.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Caption every image, judge all captions, keep what fits.
+
+    Per shard OUTPUT gets the images with their kept captions, all captions with their judgement,
+    and a manifest; at the end a report. What is done already is not done again.
+    """
+    from openblip.capfilt.captioner import Captioner
+    from openblip.capfilt.filter import Filter
+    from openblip.capfilt.report import write_capfilt_report
+    from openblip.capfilt.shard import CapfiltRecipe, OutputPaths, process_shard
+    from openblip.hub import load
+
+    settings = load_recipe(CapfiltRecipe, recipe, overrides or ())
+    shards = list_shards(source)
+    for shard in shards:
+        home = shard.resolve() if shard.is_dir() else shard.resolve().parent
+        if output.resolve() == home or (shard.is_dir() and output.resolve().is_relative_to(home)):
+            raise ValueError(f"{output} holds the input, {shard}: choose another folder")
+    writer = Captioner(
+        *load(captioner),
+        settings.decoding,
+        settings.prompt,
+        settings.captions_per_image,
+        settings.seed,
+    )
+    reader = Filter(*load(judge))
+    for shard in shards:
+        try:
+            process_shard(shard, output, writer, reader, settings)
+        except ValueError:
+            manifest = OutputPaths.of(shard.stem, output).manifest
+            if not is_forced or not manifest.exists():
+                raise
+            manifest.unlink()
+            process_shard(shard, output, writer, reader, settings)
+    report = write_capfilt_report(output)
+    answer(report, capfilt_text(report, output), as_json=as_json)
+
+
+@capfilt_app.command("rethreshold")
+def capfilt_rethreshold(
+    source: Annotated[
+        Path, typer.Argument(metavar="INPUT", help="Folder that `capfilt run` wrote.")
+    ],
+    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="Another folder to write.")],
+    threshold: Annotated[float, typer.Option(help="Least match probability, 0 to 1; 0 keeps all.")],
+    sources: Annotated[
+        str, typer.Option(help="Whose captions may stay: web, synthetic, human, with commas.")
+    ] = "web,synthetic,human",
+    as_json: AsJson = False,
+) -> None:
+    """Make another selection of judged captions, without a model."""
+    from openblip.capfilt.filter import KeepRule
+    from openblip.capfilt.report import write_capfilt_report
+    from openblip.capfilt.shard import manifests, rethreshold_shard
+
+    rule = load_recipe(KeepRule, None, [f"threshold={threshold}", f"sources=[{sources}]"])
+    if output.resolve() == source.resolve():
+        raise ValueError(f"{output} holds the input: choose another folder")
+    done = manifests(source)
+    if not done:
+        raise ValueError(f"{source} holds no shard that `openblip capfilt run` did")
+    for manifest in done:
+        rethreshold_shard(manifest, output, rule)
+    report = write_capfilt_report(output)
+    answer(report, capfilt_text(report, output), as_json=as_json)
+
+
+@capfilt_app.command("report")
+def capfilt_report(
+    folder: Annotated[Path, typer.Argument(help="Folder that `capfilt run` wrote.")],
+    as_json: AsJson = False,
+) -> None:
+    """Sum up what CapFilt did.
+
+    Writes report.json and report.html into the folder.
+    """
+    from openblip.capfilt.report import write_capfilt_report
+
+    report = write_capfilt_report(folder)
+    answer(report, capfilt_text(report, folder), as_json=as_json)

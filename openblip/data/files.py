@@ -1,0 +1,82 @@
+"""Files that a user names: found in folders, read one by one and prepared in batches.
+
+Letters: B images, S image side in pixels.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from openblip.images import ImageDecodeError, decode_image, eval_transform
+
+MAX_FILE_BYTES = 1 << 30
+"""More is no photo: a film among the photos must not fill the memory."""
+
+OnBadFile = Callable[[Path, str], None]
+
+
+def list_files(paths: Sequence[Path], *, on_bad: OnBadFile) -> list[Path]:
+    """Return the files of the paths, in order: a file itself, of a folder all that is within.
+
+    Links to folders within a folder are not followed.
+    on_bad   called with each folder that cannot be opened, and the reason
+    Raises ValueError for a path that does not exist, and if there is no file.
+    """
+    absent = [str(path) for path in paths if not path.exists()]
+    if absent:
+        raise ValueError(f"no file or folder at {', '.join(absent)}")
+
+    def on_error(error: OSError) -> None:
+        on_bad(Path(error.filename), f"unreadable: {error.strerror}")
+
+    files: list[Path] = []
+    for path in paths:
+        if not path.is_dir():
+            files.append(path)
+            continue
+        for folder, subfolders, names in os.walk(path, onerror=on_error):
+            subfolders.sort()
+            files += [Path(folder, name) for name in sorted(names)]
+    if not files:
+        raise ValueError(f"no file in {', '.join(map(str, paths))}")
+    return files
+
+
+def read_batches(
+    files: Sequence[Path], size_px: int, batch_size: int, *, on_bad: OnBadFile
+) -> Iterator[tuple[list[Path], Tensor]]:
+    """Yield images (B, 3, S, S), B up to `batch_size`, with their paths; one batch is held.
+
+    on_bad   called with each file that is no usable image, and the reason
+    """
+    paths: list[Path] = []
+    images: list[Tensor] = []
+    for path in files:
+        try:
+            image = _read(path, size_px)
+        except ImageDecodeError as error:
+            on_bad(path, str(error))
+            continue
+        except OSError as error:
+            on_bad(path, f"unreadable: {error.strerror}")
+            continue
+        paths.append(path)
+        images.append(image)
+        if len(paths) == batch_size:
+            yield paths, torch.stack(images)
+            paths, images = [], []
+    if paths:
+        yield paths, torch.stack(images)
+
+
+def _read(path: Path, size_px: int) -> Tensor:
+    # A pipe would wait for a writer.
+    if not path.is_file():
+        raise ImageDecodeError("not_a_file", "a link to nothing, a pipe or a device")
+    num_bytes = path.stat().st_size
+    if num_bytes > MAX_FILE_BYTES:
+        raise ImageDecodeError("too_many_bytes", f"{num_bytes} > {MAX_FILE_BYTES}")
+    return eval_transform(decode_image(path.read_bytes()), size_px)

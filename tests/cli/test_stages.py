@@ -1,0 +1,249 @@
+"""Commands that train, bootstrap and filter, on a few steps of tiny models."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+import openblip.quickstart
+from openblip.capfilt.bootstrap import BootstrapRecipe
+from openblip.checkpoint import load_checkpoint
+from openblip.config import load_recipe
+from openblip.data.world import WorldConfig
+
+MODEL = (
+    "{image_size_px: 32, patch_size_px: 16, vision_width: 16, vision_layers: 1, vision_heads: 2, "
+    "text_width: 16, text_layers: 1, text_heads: 2, ffn_width: 32, max_positions: 40, "
+    "embedding_width: 8, dropout: 0.0}"
+)
+TRAINING = "num_steps: 2, batch_size: 4, randaugment_ops: 0, max_tokens: 20"
+LOOP = f"""
+vocab_size: 120
+pretrain: {{model: {MODEL}, objective: {{alignment: {{queue_size: 8}}}}, {TRAINING}}}
+captioner: {{{TRAINING}, prompt: ""}}
+filter: {{{TRAINING}, alignment: {{queue_size: 8}}}}
+capfilt: {{prompt: "", decoding: {{max_tokens: 8}}}}
+evaluation: {{shortlist: 4, decoding: {{num_beams: 1, max_tokens: 8}}}}
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path):
+    """Return a function that writes a recipe file."""
+
+    def write(text: str) -> Path:
+        path = tmp_path / "recipe.yaml"
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return write
+
+
+def pretraining(world: Path) -> str:
+    return (
+        f"data: [{world / 'web'}, {world / 'human'}]\nvocab_size: 120\nmodel: {MODEL}\n"
+        "num_steps: 2\nbatch_size: 4\nmax_tokens: 20\nrandaugment_ops: 0\n"
+        "objective: {alignment: {queue_size: 8}}\n"
+    )
+
+
+def finetuning(world: Path, model: Path) -> str:
+    return (
+        f"data: [{world / 'human'}]\ninit: {model}\nnum_steps: 2\nbatch_size: 4\nmax_tokens: 20\n"
+        "randaugment_ops: 0\n"
+    )
+
+
+def test_pretrain_leaves_a_checkpoint_and_its_log(run, recipe, world: Path, tmp_path: Path) -> None:
+    out = tmp_path / "new" / "base"
+    path = recipe(pretraining(world))
+    result = run("pretrain", path, "--out", out, "--set", "num_steps=3", "--json")
+    assert result.code == 0, result.err
+    blip, tokenizer = load_checkpoint(out)
+    assert blip.config.text.vocab_size == tokenizer.vocab_size <= 120
+    log = [json.loads(line) for line in Path(result.json["log"]).read_text().splitlines()]
+    assert log[-1]["step"] == 2
+    assert result.json["last_step"] == log[-1]
+    assert result.json["num_parameters"] == sum(p.numel() for p in blip.parameters())
+    card = (out / "README.md").read_text()
+    assert "num_steps: 3" in card
+    assert result.json["model_id"] in card
+    refused = run("pretrain", path, "--out", out)
+    assert refused.code == 2
+    assert f"{out} exists" in refused.err
+
+
+def test_a_vocabulary_can_be_taken_over(run, recipe, world: Path, model: Path, tmp_path) -> None:
+    result = run(
+        "pretrain", recipe(pretraining(world)), "--out", tmp_path / "m", "--set",
+        f"vocabulary={model}",
+    )  # fmt: skip
+    assert result.code == 0, result.err
+    assert "model id" in result.out
+    words = (tmp_path / "m" / "tokenizer.json").read_text()
+    assert json.loads(words) == json.loads((model / "tokenizer.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("task", "roles"), [("captioning", {"decode"}), ("retrieval", {"text", "pair"})]
+)
+def test_finetune_leaves_a_model_of_the_task(
+    run, recipe, world: Path, model: Path, tmp_path: Path, task: str, roles: set[str]
+) -> None:
+    path = recipe(finetuning(world, model))
+    sets = ["--set", "image_size_px=48"]
+    sets += ["--set", "alignment.queue_size=8"] if task == "retrieval" else []
+    result = run("finetune", task, path, "--out", tmp_path / "m", *sets, "--json")
+    assert result.code == 0, result.err
+    blip, _ = load_checkpoint(tmp_path / "m")
+    assert blip.config.text.roles == roles
+    assert blip.config.vision.image_size_px == 48
+    notes = "\n".join(result.json["notes"])
+    assert "tensors left out" in notes
+    assert "tensors resized (1): vision.position_embedding" in notes
+    assert "image_size_px: 48" in (tmp_path / "m" / "README.md").read_text()
+    assert (tmp_path / "m.log.jsonl").is_file()
+
+
+@pytest.mark.parametrize(
+    ("command", "setting", "message"),
+    [
+        ("pretrain", "stepz=3", "unknown key stepz (value 3)"),
+        ("pretrain", "num_steps=many", "num_steps is 'many'"),
+        ("pretrain", "num_steps", "'num_steps' is not a setting; write key=value"),
+        ("pretrain", "data=[]", "data is []"),
+        ("pretrain", "data=[/absent/data]", "/absent/data is no data set"),
+        ("pretrain", "vocabulary=/absent/vocab.txt", "no vocabulary at /absent/vocab.txt"),
+        ("pretrain", "model.vision_heads=3", "is not a multiple of num_heads 3"),
+        ("finetune captioning", "init=/absent/model", "/absent/model"),
+        ("finetune captioning", "image_size_px=33", "33 is not a multiple"),
+        ("finetune retrieval", "prompt=x", "unknown key prompt"),
+    ],
+)
+def test_a_wrong_setting_is_told_in_a_sentence(
+    run, recipe, world, model, tmp_path, command: str, setting: str, message: str
+) -> None:
+    text = pretraining(world) if command == "pretrain" else finetuning(world, model)
+    result = run(*command.split(), recipe(text), "--out", tmp_path / "m", "--set", setting)
+    assert result.code == 2
+    assert message in result.err
+    assert result.err.count("\n") == 1
+    assert not (tmp_path / "m").exists()
+
+
+def test_a_recipe_that_is_not_there(run, tmp_path: Path) -> None:
+    result = run("pretrain", tmp_path / "absent.yaml", "--out", tmp_path / "m")
+    assert result.code == 2
+    assert result.err == (
+        f"openblip: error: recipe {tmp_path / 'absent.yaml'} cannot be read: "
+        "No such file or directory\n"
+    )
+
+
+CAPFILT = ("--set", 'prompt=""', "--set", "decoding.max_tokens=8")
+
+
+def test_capfilt_from_run_to_report(run, world: Path, model: Path, tmp_path: Path) -> None:
+    models = ("--captioner", model, "--filter", model)
+    out = tmp_path / "clean"
+    result = run("capfilt", "run", world / "web", out, *models, *CAPFILT, "--json")
+    assert result.code == 0, result.err
+    assert result.json["num_images"] == 24
+    assert result.json["captions"]["web"]["judged"] == 24
+    assert (out / "00000.tar").is_file()
+    assert (out / "report.html").is_file()
+
+    refused = run("capfilt", "run", world / "web", out, *models, *CAPFILT, "--set", "seed=1")
+    assert refused.code == 2
+    assert "setting seed was 42 and is 1" in refused.err
+    forced = run(
+        "capfilt", "run", world / "web", out, *models, *CAPFILT, "--set", "seed=1", "--force"
+    )
+    assert forced.code == 0, forced.err
+    assert json.loads((out / "00000.json").read_text())["settings"]["seed"] == 1
+    assert "24 images kept, of 1 shards" in forced.out
+
+    report = run("capfilt", "report", out, "--json")
+    assert report.json == json.loads((out / "report.json").read_text())
+
+    all_web = run(
+        "capfilt", "rethreshold", out, tmp_path / "web", "--threshold", 0, "--sources", "web",
+        "--json",
+    )  # fmt: skip
+    assert all_web.code == 0, all_web.err
+    assert all_web.json["num_images_kept"] == 24
+    assert all_web.json["captions"]["web"]["kept"] == 24
+    assert all_web.json["captions"]["synthetic"]["kept"] == 0
+
+
+def test_capfilt_never_writes_over_its_input(run, world: Path, model: Path, tmp_path: Path) -> None:
+    models = ("--captioner", model, "--filter", model)
+    before = (world / "web" / "00000.tar").read_bytes()
+    for source in (world / "web", world / "web" / "00000.tar"):
+        result = run("capfilt", "run", source, world / "web", *models)
+        assert result.code == 2
+        assert "holds the input" in result.err
+    assert (world / "web" / "00000.tar").read_bytes() == before
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    (photos / "a.jpg").write_bytes(b"no image")
+    assert "holds the input" in run("capfilt", "run", photos, photos / "out", *models).err
+    assert "holds the input" in run(
+        "capfilt", "rethreshold", photos, photos, "--threshold", 0.5
+    ).err  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("report", "{folder}"), "holds no shard"),
+        (("rethreshold", "{folder}", "{folder}/new", "--threshold", "0.5"), "holds no shard"),
+        (("rethreshold", "{folder}", "{folder}/new", "--threshold", "2"), "threshold is 2.0"),
+        (
+            ("rethreshold", "{folder}", "{folder}/n", "--threshold", "0", "--sources", "wob"),
+            "'wob'",
+        ),
+        (("run", "{folder}/absent", "{folder}/new", "--captioner", "a", "--filter", "b"), "absent"),
+    ],
+)
+def test_capfilt_says_what_is_wrong(run, tmp_path: Path, arguments, message: str) -> None:
+    result = run("capfilt", *(a.replace("{folder}", str(tmp_path)) for a in arguments))
+    assert result.code == 2
+    assert message in result.err
+    assert result.err.count("\n") == 1
+
+
+def test_bootstrap_runs_the_loop(run, recipe, world: Path, tmp_path: Path) -> None:
+    data = ("--web", world / "web", "--human", world / "human", "--test", world / "test")
+    path, out = recipe(LOOP), tmp_path / "loop"
+    result = run("bootstrap", path, *data, "--out", out, "--json")
+    assert result.code == 0, result.err
+    assert result.json == json.loads((out / "results.json").read_text())
+    assert result.json["before"].keys() == result.json["after"].keys()
+    assert (out / "report.html").is_file()
+    again = run("bootstrap", path, *data, "--out", out)
+    assert again.code == 0, again.err
+    assert "before" in again.out.splitlines()[0]
+    assert f"{result.json['after']['cider']:.3f}" in again.out
+    assert again.out.endswith(f"open {out / 'report.html'}\n")
+    other = run("bootstrap", path, *data, "--out", out, "--set", "vocab_size=100")
+    assert other.code == 2
+    assert "holds a loop of another recipe" in other.err
+    absent = run("bootstrap", path, *data[:5], tmp_path / "absent", "--out", tmp_path / "new")
+    assert absent.code == 2
+    assert not (tmp_path / "new").exists()
+
+
+def test_quickstart_draws_its_own_world(run, recipe, tmp_path: Path, monkeypatch) -> None:
+    world = WorldConfig(num_web=24, num_human=16, num_test=8)
+    loop = load_recipe(BootstrapRecipe, recipe(LOOP))
+    monkeypatch.setattr(openblip.quickstart, "WORLD", world)
+    monkeypatch.setattr(openblip.quickstart, "quickstart_recipe", lambda seed: loop)
+    result = run("quickstart", "--out", tmp_path / "q", "--seed", 3, "--ablation", "--json")
+    assert result.code == 0, result.err
+    assert set(result.json["ablation"]) == {
+        "base", "filter_only", "captioner_only", "bootstrapped",
+    }  # fmt: skip
+    shown = run("quickstart", "--out", tmp_path / "q", "--seed", 3, "--ablation").out
+    assert "captioner_only" in shown.splitlines()[0]
+    assert "ROC-AUC" in shown
