@@ -133,6 +133,7 @@ def config_from_transformers(
             # transformers' own 1e-10 is of its position embeddings alone: a model that was
             # initialised with it throughout would not learn.
             init_std=carried["vision_init_std"],
+            position_init_std=carried["position_init_std"],
         ),
         text=MedConfig(
             vocab_size=text["vocab_size"],
@@ -196,6 +197,7 @@ def config_to_transformers(
     carried: dict[str, float] = {
         "drop_path": vision.drop_path,
         "vision_init_std": vision.init_std,
+        "position_init_std": vision.position_init_std,
     }
     if temperature is not None:
         carried["temperature"] = temperature
@@ -279,6 +281,7 @@ def _carried(values: Mapping[str, Any]) -> dict[str, Any]:
     defaults = {
         "drop_path": VisionConfig.drop_path,
         "vision_init_std": VisionConfig.init_std,
+        "position_init_std": VisionConfig.position_init_std,
         "temperature": INITIAL_TEMPERATURE,
     }
     return defaults | (values.get("openblip") or {})

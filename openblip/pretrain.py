@@ -44,6 +44,7 @@ class ModelRecipe(Recipe):
     dropout: float = 0.1
     embedding_width: int = 256
     init_std: float = 0.02
+    position_init_std: float = 0.02
 
     def build_config(self, tokenizer: Tokenizer) -> BlipConfig:
         """Return the configuration of this size over a tokenizer's vocabulary."""
@@ -56,6 +57,7 @@ class ModelRecipe(Recipe):
                 num_heads=self.vision_heads,
                 drop_path=self.drop_path,
                 init_std=self.init_std,
+                position_init_std=self.position_init_std,
             ),
             text=MedConfig(
                 vocab_size=tokenizer.vocab_size,

@@ -38,6 +38,7 @@ _MODEL = ModelRecipe(
     dropout=0.0,
     embedding_width=64,
     init_std=0.1,
+    position_init_std=3.0,
 )
 _QUEUE_SIZE, _MOMENTUM = 256, 0.99
 _MAX_TOKENS = 20
@@ -50,11 +51,13 @@ def quickstart_recipe(seed: int) -> BootstrapRecipe:
         pretrain=PretrainRecipe(
             model=_MODEL,
             objective=ObjectiveRecipe(
-                soft_target_weight=0.0,
-                alignment=AlignmentConfig(queue_size=_QUEUE_SIZE, momentum=_MOMENTUM),
+                soft_target_ramp_steps=900,
+                alignment=AlignmentConfig(
+                    positives="image_or_text", queue_size=_QUEUE_SIZE, momentum=_MOMENTUM
+                ),
             ),
             optimizer=_optimizer(2e-3),
-            num_steps=2500,
+            num_steps=1800,
             batch_size=32,
             max_tokens=_MAX_TOKENS,
             min_crop_scale=1.0,
@@ -64,7 +67,7 @@ def quickstart_recipe(seed: int) -> BootstrapRecipe:
         ),
         captioner=CaptioningRecipe(
             optimizer=_optimizer(1e-3),
-            num_steps=400,
+            num_steps=500,
             batch_size=32,
             max_tokens=_MAX_TOKENS,
             prompt="",
@@ -75,7 +78,7 @@ def quickstart_recipe(seed: int) -> BootstrapRecipe:
         ),
         filter=RetrievalRecipe(
             optimizer=_optimizer(1e-3),
-            num_steps=400,
+            num_steps=600,
             batch_size=32,
             max_tokens=_MAX_TOKENS,
             soft_target_weight=0.0,

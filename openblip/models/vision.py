@@ -20,6 +20,8 @@ class VisionConfig:
                                   growing linearly from 0 in the first
     init_std                      standard deviation of the initial weights; small models that start
                                   from nothing learn faster with more than the paper's 0.02
+    position_init_std             the same of the position embeddings; a model from nothing tells
+                                  left from right sooner when they weigh as much as the patches
     Raises ValueError for sizes that do not divide.
     """
 
@@ -32,6 +34,7 @@ class VisionConfig:
     layer_norm_eps: float = 1e-6
     drop_path: float = 0.0
     init_std: float = 0.02
+    position_init_std: float = 0.02
 
     def __post_init__(self) -> None:
         if self.image_size_px % self.patch_size_px:
@@ -134,7 +137,9 @@ class VisionTransformer(nn.Module):
     def _initialise(self) -> None:
         std = self.config.init_std
         nn.init.trunc_normal_(self.class_token, std=std)
-        nn.init.trunc_normal_(self.position_embedding, std=std)
+        position_std = self.config.position_init_std
+        bound = max(2.0, 2.0 * position_std)
+        nn.init.trunc_normal_(self.position_embedding, std=position_std, a=-bound, b=bound)
         nn.init.trunc_normal_(self.patch_weight, std=std)
         for module in self.layers.modules():
             if isinstance(module, nn.Linear):
