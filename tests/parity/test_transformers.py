@@ -182,7 +182,7 @@ def test_their_folder_comes_back_bit_equal(kind: type, saved, tmp_path: Path) ->
     before = json.loads((folder / "config.json").read_text())
     after = json.loads((tmp_path / "back" / "config.json").read_text())
     carried = after.pop("openblip")
-    assert set(carried) <= {"drop_path", "vision_init_std", "temperature"}
+    assert set(carried) <= {"drop_path", "vision_init_std", "position_init_std", "temperature"}
     for part in ("text_config", "vision_config"):
         assert after[part].items() <= before[part].items()
     assert {k: v for k, v in after.items() if not k.endswith("_config")}.items() <= before.items()
