@@ -199,8 +199,6 @@ def caption(
     files = list_files(paths, on_bad=on_bad)
     blip, tokenizer = load(model)
     batches = read_batches(files, blip.config.vision.image_size_px, batch_size, on_bad=on_bad)
-    # A progress bar on the terminal takes over what is printed to sys.stdout, even to a file.
-    stdout = sys.stdout
     with ProgressLine("captions", len(files), unit="files") as progress:
         for names, batch in batches:
             written = caption_images(
@@ -216,7 +214,7 @@ def caption(
                 images.append({"path": str(path), "captions": captions})
                 if not as_json:
                     for one in several:
-                        print(f"{path}\t{one.text}", file=stdout, flush=True)
+                        print(f"{path}\t{one.text}", flush=True)
             progress.advance(len(images) + len(failed) - progress.done)
     if failed:
         say(f"{len(failed)} of {len(files)} files were not captioned")

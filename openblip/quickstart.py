@@ -20,7 +20,7 @@ from openblip.pretrain import ModelRecipe, ObjectiveRecipe, PretrainRecipe
 from openblip.training.alignment import AlignmentConfig
 from openblip.training.optim import OptimizerRecipe
 
-WORLD = WorldConfig(num_web=3000, num_human=600, num_test=500)
+WORLD = WorldConfig(num_web=3000, num_human=800, num_test=500)
 
 # One patch for each quarter of the image, and initial weights of a size that lets a model this
 # small leave the plateau on which it knows the words but not the picture; see docs/results.md.
@@ -38,7 +38,7 @@ _MODEL = ModelRecipe(
     dropout=0.0,
     embedding_width=64,
     init_std=0.1,
-    position_init_std=3.0,
+    position_init_std=1.0,
 )
 _QUEUE_SIZE, _MOMENTUM = 256, 0.99
 _MAX_TOKENS = 20
@@ -51,13 +51,13 @@ def quickstart_recipe(seed: int) -> BootstrapRecipe:
         pretrain=PretrainRecipe(
             model=_MODEL,
             objective=ObjectiveRecipe(
-                soft_target_ramp_steps=900,
+                soft_target_ramp_steps=1100,
                 alignment=AlignmentConfig(
                     positives="image_or_text", queue_size=_QUEUE_SIZE, momentum=_MOMENTUM
                 ),
             ),
             optimizer=_optimizer(2e-3),
-            num_steps=1800,
+            num_steps=2200,
             batch_size=32,
             max_tokens=_MAX_TOKENS,
             min_crop_scale=1.0,
@@ -78,7 +78,7 @@ def quickstart_recipe(seed: int) -> BootstrapRecipe:
         ),
         filter=RetrievalRecipe(
             optimizer=_optimizer(1e-3),
-            num_steps=600,
+            num_steps=1000,
             batch_size=32,
             max_tokens=_MAX_TOKENS,
             soft_target_weight=0.0,
@@ -100,7 +100,7 @@ def quickstart_recipe(seed: int) -> BootstrapRecipe:
             seed=seed,
         ),
         evaluation=EvaluationRecipe(
-            shortlist=64,
+            shortlist=32,
             decoding=Decoding(method="beam", num_beams=3, min_tokens=5, max_tokens=16),
         ),
     )

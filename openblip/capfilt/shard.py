@@ -4,7 +4,7 @@ A shard `x.tar` becomes, in the output folder,
 
     x.tar             images with their kept captions; an image that keeps none is not in it
     x.captions.jsonl  every caption of every image, judged, with the reason if it was dropped
-    x.json            the manifest, written last: a shard that has one is done
+    x.json            the manifest, written last: a shard that has all three is done
 
 Another threshold needs `x.captions.jsonl` and the input images, and no model.
 """
@@ -140,7 +140,8 @@ def process_shard(
     if paths.manifest.exists():
         done = Manifest.read(paths.manifest)
         _refuse_changes(paths.manifest, done, settings, captioner, judge, input_checksum)
-        return done
+        if paths.captions.exists() and paths.tar.exists():
+            return done
     start = time.monotonic()
     bad: Counter[str] = Counter()
     judged: list[JudgedImage] = []

@@ -111,7 +111,7 @@ def draw_scene(scene: Scene, size_px: int, rng: np.random.Generator) -> bytes:
         (scene.second_color, scene.second_shape, scene.second_size, 0.75),
     )
     for color, shape, size, along in objects:
-        radius = side * (0.2 if size == "big" else 0.11)
+        radius = side * (0.22 if size == "big" else 0.14)
         x, y = (along, other_axis) if scene.relation == "left of" else (other_axis, along)
         shift_x, shift_y = rng.uniform(-0.03, 0.03, size=2)
         _draw_shape(draw, shape, COLORS[color], side * (x + shift_x), side * (y + shift_y), radius)
@@ -173,10 +173,11 @@ def _spoil(kind: NoiseKind, scene: Scene, scenes: Sequence[Scene], rng: np.rando
     """Return a text that is wrong for the scene in the way of `kind`."""
     match kind:
         case "other_caption":
-            other = scene
-            while (other.first_color, other.first_shape) == (scene.first_color, scene.first_shape):
-                other = scenes[int(rng.integers(len(scenes)))]
-            return describe(other, rng)
+            first = (scene.first_color, scene.first_shape)
+            others = [s for s in scenes if (s.first_color, s.first_shape) != first]
+            if not others:
+                raise ValueError(f"{len(scenes)} web images are too few for another's caption")
+            return describe(others[int(rng.integers(len(others)))], rng)
         case "wrong_attribute":
             # What a caption always tells, so that the text is wrong whichever template it takes.
             told = ("first_color", "first_shape", "second_color", "second_shape")

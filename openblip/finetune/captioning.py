@@ -32,6 +32,7 @@ class CaptioningRecipe(Recipe):
     num_steps: int = Field(10_000, ge=1)
     batch_size: int = Field(256, ge=1)
     max_tokens: int = Field(40, ge=3)
+    max_words: int = Field(30, ge=1)
     prompt: str = DEFAULT_PROMPT
     label_smoothing: float = Field(0.1, ge=0, lt=1)
     min_crop_scale: float = Field(0.5, gt=0, le=1)
@@ -103,6 +104,7 @@ def finetune_captioning(
         ),
         batch_size=recipe.batch_size,
         max_tokens=recipe.max_tokens,
+        max_words=recipe.max_words,
         seed=recipe.seed,
         prefix=recipe.prompt,
     )

@@ -36,6 +36,8 @@ class ProgressLine:
                 TimeRemainingColumn(),
                 TextColumn("{task.fields[note]}"),
                 console=Console(stderr=True),
+                # Answers on stdout are the command's, not the bar's to redraw.
+                redirect_stdout=False,
             )
             self._task = self._bar.add_task(self.title, total=self.total, rate="", note="")
             self._bar.start()
