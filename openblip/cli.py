@@ -37,7 +37,7 @@ class _Commands(TyperGroup):
         except KeyboardInterrupt:
             say("stopped by Ctrl-C")
             raise typer.Exit(EXIT_INTERRUPTED) from None
-        except ValueError as error:
+        except (ValueError, FloatingPointError) as error:
             say(f"error: {error}")
         except OSError as error:
             if error.filename is None:
