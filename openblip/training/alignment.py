@@ -27,13 +27,15 @@ class AlignmentConfig:
                 `image_or_text`: also to images whose text is the same; for small data in which
                 captions repeat
     mining      similarity in proportion to which hard negatives are drawn: `momentum` compares
-                online with momentum embeddings (pre-training), `online` online ones (retrieval)
+                online with momentum embeddings (pre-training), `online` online ones (retrieval).
+                `uniform` draws any: for a model from nothing on little data, whose ITM head finds
+                nothing beyond ITC to tell a hard negative by
     queue_size  momentum features kept as further negatives
     momentum    of the twin
     """
 
     positives: Literal["pair", "image", "image_or_text"] = "pair"
-    mining: Literal["momentum", "online"] = "momentum"
+    mining: Literal["momentum", "online", "uniform"] = "momentum"
     queue_size: int = 57600
     momentum: float = 0.995
 
@@ -114,14 +116,18 @@ class Alignment(nn.Module):
 
         with torch.no_grad():
             batch = image_ids.shape[0]
-            if self.config.mining == "momentum":
-                text_weights = image_to_text[:, :batch]
-                image_weights = text_to_image[:, :batch]
-                floor = MOMENTUM_MINING_FLOOR
-            else:
-                text_weights = image_embedding @ text_embedding.T
-                image_weights = text_weights.T
-                floor = 0.0
+            match self.config.mining:
+                case "momentum":
+                    text_weights = image_to_text[:, :batch]
+                    image_weights = text_to_image[:, :batch]
+                    floor = MOMENTUM_MINING_FLOOR
+                case "online":
+                    text_weights = image_embedding @ text_embedding.T
+                    image_weights = text_weights.T
+                    floor = 0.0
+                case "uniform":
+                    text_weights = image_weights = torch.zeros_like(image_to_text[:, :batch])
+                    floor = 0.0
             same = is_positive[:, :batch].bool()
             text_weights, image_weights = (
                 ((weights / blip.temperature).softmax(dim=1) + floor).masked_fill(same, 0.0)
