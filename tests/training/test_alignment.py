@@ -11,7 +11,7 @@ PAIRS = 4
 
 
 def align(config: AlignmentConfig, image_ids: Tensor) -> tuple[list[Tensor], int]:
-    """Return the mining weights that were drawn from (of images, of texts) and the rows left out."""
+    """Return the mining weights drawn from (of images, of texts), and how many rows had none."""
     torch.manual_seed(0)
     blip = Blip(
         BlipConfig(
