@@ -140,7 +140,10 @@ class VisionTransformer(nn.Module):
         position_std = self.config.position_init_std
         bound = max(2.0, 2.0 * position_std)
         nn.init.trunc_normal_(self.position_embedding, std=position_std, a=-bound, b=bound)
-        nn.init.trunc_normal_(self.patch_weight, std=std)
+        # No more than leaves the scale of the pixels as it is: large patches would drown the
+        # positions. The paper's sizes stay at `init_std`.
+        pixels = 3 * self.config.patch_size_px**2
+        nn.init.trunc_normal_(self.patch_weight, std=min(std, pixels**-0.5))
         for module in self.layers.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=std)
