@@ -91,7 +91,7 @@ def bootstrap(
 
     has_ablation  train two more models: on web captions that the filter kept, without synthetic
                   ones; and on all web and synthetic captions, unfiltered
-    Raises ValueError if `out` holds a loop of another recipe.
+    Raises ValueError if `out` holds a loop of another recipe, or of shards of other names or sizes.
     """
     return _Loop(recipe, data, out).run(has_ablation)
 
@@ -131,14 +131,22 @@ class _Loop:
         return results
 
     def _claim(self) -> None:
-        """Write the recipe into the folder, or check that it is the one of the earlier start."""
-        path, text = self.out / "recipe.yaml", dump_recipe(self.recipe)
-        if not path.exists():
-            write_bytes_atomically(path, text.encode())
-        elif path.read_text(encoding="utf-8") != text:
-            raise ValueError(
-                f"{self.out} holds a loop of another recipe (see {path}): choose another folder"
-            )
+        """Write recipe and data into the folder, or check that they are the earlier start's."""
+        data = {
+            name: [[shard.name, shard.stat().st_size] for shard in list_shards(path)]
+            for name, path in vars(self.data).items()
+        }
+        for what, name, text in (
+            ("another recipe", "recipe.yaml", dump_recipe(self.recipe)),
+            ("other data", "data.json", json.dumps(data, indent=2) + "\n"),
+        ):
+            path = self.out / name
+            if not path.exists():
+                write_bytes_atomically(path, text.encode())
+            elif path.read_text(encoding="utf-8") != text:
+                raise ValueError(
+                    f"{self.out} holds a loop of {what} (see {path}): choose another folder"
+                )
 
     def _tokenizer(self) -> Tokenizer:
         path = self.out / "tokenizer.json"

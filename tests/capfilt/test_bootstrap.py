@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,14 @@ def test_another_recipe_in_the_folder_is_refused(
     other = RECIPE.model_copy(update={"vocab_size": 121})
     with pytest.raises(ValueError, match="holds a loop of another recipe"):
         bootstrap(other, data, out)
+
+
+def test_other_data_for_the_folder_are_refused(
+    done: tuple[Path, dict[str, Any]], data: BootstrapData
+) -> None:
+    out, _ = done
+    with pytest.raises(ValueError, match="holds a loop of other data"):
+        bootstrap(RECIPE, replace(data, web=data.test), out)
 
 
 def test_the_recipe_beside_the_results_is_the_recipe(done: tuple[Path, dict[str, Any]]) -> None:
