@@ -1,0 +1,70 @@
+"""The loop learns what it claims to, and only from captions that tell something."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from openblip.config import dump_recipe
+from openblip.data.sinks import ShardWriter
+from openblip.data.sources import list_shards, read_samples
+from openblip.data.world import WorldConfig, draw_world
+from openblip.evaluation.retrieval import evaluate_retrieval
+from openblip.pretrain import pretrain
+from openblip.quickstart import quickstart, quickstart_recipe
+from openblip.tokenizer import Tokenizer
+
+
+def samples(folder: Path) -> list:
+    def refuse(key: str, reason: str) -> None:
+        raise AssertionError((key, reason))
+
+    return [s for shard in list_shards(folder) for s in read_samples(shard, on_bad=refuse)]
+
+
+def test_the_seed_reaches_every_stage() -> None:
+    first, second = dump_recipe(quickstart_recipe(1)), dump_recipe(quickstart_recipe(2))
+    assert first.count("seed: 1\n") == second.count("seed: 2\n") == 4
+
+
+def test_a_world_that_was_half_drawn_is_drawn_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "openblip.quickstart.WORLD", WorldConfig(num_web=8, num_human=2, num_test=2)
+    )
+    monkeypatch.setattr("openblip.quickstart.bootstrap", lambda *_, **__: {})
+    (tmp_path / "world.unfinished" / "web").mkdir(parents=True)
+    (tmp_path / "world.unfinished" / "web" / "junk.tar").write_bytes(b"")
+    quickstart(tmp_path, seed=0)
+    assert [p.name for p in sorted((tmp_path / "world" / "web").iterdir())] == ["00000.tar"]
+    assert not (tmp_path / "world.unfinished").exists()
+
+
+@pytest.mark.slow
+def test_the_loop_cleans_the_web_and_gets_better_for_it(tmp_path: Path) -> None:
+    results = quickstart(tmp_path, seed=42)
+    for score in ("tr_at_1", "ir_at_1", "cider"):
+        assert results["after"][score] > results["before"][score]
+    assert results["filter"]["roc_auc"] >= 0.95
+    keep_rate = results["filter"]["keep_rate"]
+    assert keep_rate.pop("none") > 0.5
+    assert max(keep_rate.values()) < 0.2
+    assert (tmp_path / "report.html").is_file()
+
+
+@pytest.mark.slow
+def test_captions_of_other_images_teach_nothing(tmp_path: Path) -> None:
+    draw_world(WorldConfig(num_web=1, num_human=600, num_test=100, noise_rate=0.0), tmp_path / "w")
+    human, test = samples(tmp_path / "w" / "human"), samples(tmp_path / "w" / "test")
+    with ShardWriter(tmp_path / "shuffled.tar") as writer:
+        for sample, other in zip(human, human[1:] + human[:1], strict=True):
+            writer.write(replace(sample, captions=other.captions))
+    tokenizer = Tokenizer.train((c.text for s in human for c in s.captions), vocab_size=200)
+    recipe = quickstart_recipe(0).pretrain.model_copy(update={"num_steps": 300})
+    log_path = tmp_path / "log.jsonl"
+    blip = pretrain(recipe, [tmp_path / "shuffled.tar"], tokenizer, log_path=log_path).eval()
+    recalls = evaluate_retrieval(blip, tokenizer, test, shortlist=100).reranked
+    # By chance one of ten.
+    assert recalls.ir_at_10 < 20
+    assert recalls.tr_at_10 < 20
