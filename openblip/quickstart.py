@@ -51,13 +51,13 @@ def quickstart_recipe(seed: int) -> BootstrapRecipe:
         pretrain=PretrainRecipe(
             model=_MODEL,
             objective=ObjectiveRecipe(
-                soft_target_ramp_steps=1000,
+                soft_target_ramp_steps=600,
                 alignment=AlignmentConfig(
                     positives="image_or_text", queue_size=_QUEUE_SIZE, momentum=_MOMENTUM
                 ),
             ),
             optimizer=_optimizer(2e-3),
-            num_steps=2000,
+            num_steps=1200,
             batch_size=32,
             max_tokens=_MAX_TOKENS,
             min_crop_scale=1.0,
@@ -67,7 +67,7 @@ def quickstart_recipe(seed: int) -> BootstrapRecipe:
         ),
         captioner=CaptioningRecipe(
             optimizer=_optimizer(1e-3),
-            num_steps=800,
+            num_steps=1000,
             batch_size=32,
             max_tokens=_MAX_TOKENS,
             prompt="",
@@ -78,7 +78,7 @@ def quickstart_recipe(seed: int) -> BootstrapRecipe:
         ),
         filter=RetrievalRecipe(
             optimizer=_optimizer(1e-3),
-            num_steps=800,
+            num_steps=1500,
             batch_size=32,
             max_tokens=_MAX_TOKENS,
             soft_target_weight=0.0,
