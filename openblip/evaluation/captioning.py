@@ -9,6 +9,7 @@ from openblip.generation import Decoding
 from openblip.inference import batched, caption_images, read_image
 from openblip.models.blip import Blip
 from openblip.tokenizer import Tokenizer
+from openblip.training.log import ProgressLine
 
 
 @dataclass(frozen=True)
@@ -40,12 +41,14 @@ def evaluate_captioning(
     size_px = blip.config.vision.image_size_px
     images = (read_image(sample.image_bytes, size_px) for sample in samples)
     texts: list[str] = []
-    for batch in batched(images, batch_size):
-        seeds = [0] * batch.shape[0]
-        written = caption_images(
-            blip, tokenizer, batch, seeds=seeds, prompt=prompt, decoding=decoding
-        )
-        texts += [one.text for [one] in written]
+    with ProgressLine("captioning", len(samples), unit="images") as progress:
+        for batch in batched(images, batch_size):
+            seeds = [0] * batch.shape[0]
+            written = caption_images(
+                blip, tokenizer, batch, seeds=seeds, prompt=prompt, decoding=decoding
+            )
+            texts += [one.text for [one] in written]
+            progress.advance(batch.shape[0])
     keys = [sample.key for sample in samples]
     captions = dict(zip(keys, texts, strict=True))
     references = {sample.key: [c.text for c in sample.captions] for sample in samples}

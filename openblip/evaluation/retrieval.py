@@ -14,6 +14,7 @@ from openblip.evaluation.metrics import RetrievalRecalls, retrieval_recalls
 from openblip.inference import batched, embed_images, embed_texts, read_image, tokenize
 from openblip.models.blip import Blip
 from openblip.tokenizer import TokenBatch, Tokenizer
+from openblip.training.log import ProgressLine
 
 NOT_JUDGED = -100.0
 """Score of a pair outside both shortlists, as in the original."""
@@ -76,21 +77,23 @@ def score_retrieval(
     in_text_list.scatter_(0, best_images, True)
     scores = torch.full_like(similarity, NOT_JUDGED)
     image = 0
-    for batch in batched(images, batch_size):
-        context = blip.project_context(blip.encode_image(batch.to(blip.device)))
-        for row in range(batch.shape[0]):
-            texts = (in_image_list[image] | in_text_list[image]).nonzero().squeeze(1)
-            if len(texts):
-                text_mask = tokens.text_mask[texts]
-                length = int(text_mask.sum(dim=1).max())
-                pair_states = blip.encode_pair(
-                    tokens.token_ids[texts, :length].to(blip.device),
-                    text_mask[:, :length].to(blip.device),
-                    context.select(torch.tensor([row], device=blip.device)),
-                )
-                logits = blip.match_logits(pair_states)[:, 1].float().cpu()
-                scores[image, texts] = logits + similarity[image, texts]
-            image += 1
+    with ProgressLine("re-ranking", num_images, unit="images") as progress:
+        for batch in batched(images, batch_size):
+            context = blip.project_context(blip.encode_image(batch.to(blip.device)))
+            for row in range(batch.shape[0]):
+                texts = (in_image_list[image] | in_text_list[image]).nonzero().squeeze(1)
+                if len(texts):
+                    text_mask = tokens.text_mask[texts]
+                    length = int(text_mask.sum(dim=1).max())
+                    pair_states = blip.encode_pair(
+                        tokens.token_ids[texts, :length].to(blip.device),
+                        text_mask[:, :length].to(blip.device),
+                        context.select(torch.tensor([row], device=blip.device)),
+                    )
+                    logits = blip.match_logits(pair_states)[:, 1].float().cpu()
+                    scores[image, texts] = logits + similarity[image, texts]
+                image += 1
+            progress.advance(batch.shape[0])
     if image < num_images:
         raise ValueError(f"{num_images} images came, and {image} the second time: give a list")
     return RetrievalScores(
