@@ -33,7 +33,6 @@ def test_a_command_and_its_options_exist(command: str) -> None:
 def test_files_that_are_named_exist() -> None:
     named = re.findall(r"\b(?:recipes|docs|runs|tests)/[\w./-]+\w", TEXT)
     assert named
-    written_by_runs = {"runs/quickstart/report.html"}
-    assert [name for name in named if not (ROOT / name).exists()] == sorted(
-        written_by_runs & set(named)
-    )
+    # `make demo` writes it; before that it is not there.
+    missing = {name for name in named if not (ROOT / name).exists()}
+    assert missing <= {"runs/quickstart/report.html"}
