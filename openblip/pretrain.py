@@ -1,6 +1,5 @@
 """Pre-training: ITC, ITM and LM together on image-text pairs (BLIP sec. 3.2)."""
 
-import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,8 +22,6 @@ from openblip.tokenizer import Tokenizer
 from openblip.training.alignment import Alignment, AlignmentConfig
 from openblip.training.loop import Precision, StepOutput, TrainingStep, fit
 from openblip.training.optim import OptimizerRecipe
-
-_log = logging.getLogger(__name__)
 
 
 class ModelRecipe(Recipe):
@@ -205,9 +202,7 @@ def pretrain(
         log_path=log_path,
         precision=recipe.precision,
     )
-    if stream.problems:
-        problems = dict(stream.problems)
-        _log.warning("%s: not used, by reason, anew in every epoch: %s", title, problems)
+    stream.warn_of_problems(title)
     return blip
 
 

@@ -38,7 +38,7 @@ _MODEL = ModelRecipe(
     dropout=0.0,
     embedding_width=64,
     init_std=0.1,
-    position_init_std=1.0,
+    position_init_std=3.0,
 )
 _QUEUE_SIZE, _MOMENTUM = 256, 0.99
 _MAX_TOKENS = 20
@@ -57,7 +57,7 @@ def quickstart_recipe(seed: int) -> BootstrapRecipe:
                 ),
             ),
             optimizer=_optimizer(2e-3),
-            num_steps=1200,
+            num_steps=1500,
             batch_size=32,
             max_tokens=_MAX_TOKENS,
             min_crop_scale=1.0,
@@ -67,10 +67,13 @@ def quickstart_recipe(seed: int) -> BootstrapRecipe:
         ),
         captioner=CaptioningRecipe(
             optimizer=_optimizer(1e-3),
-            num_steps=1000,
+            num_steps=1500,
             batch_size=32,
             max_tokens=_MAX_TOKENS,
             prompt="",
+            # Smoothing spreads a tenth of the belief over all words, and nucleus sampling draws it:
+            # with it one synthetic caption in five was garbled, without it one in a hundred.
+            label_smoothing=0.0,
             min_crop_scale=1.0,
             randaugment_ops=0,
             flip=False,
@@ -78,7 +81,7 @@ def quickstart_recipe(seed: int) -> BootstrapRecipe:
         ),
         filter=RetrievalRecipe(
             optimizer=_optimizer(1e-3),
-            num_steps=1500,
+            num_steps=1200,
             batch_size=32,
             max_tokens=_MAX_TOKENS,
             soft_target_weight=0.0,
@@ -96,6 +99,7 @@ def quickstart_recipe(seed: int) -> BootstrapRecipe:
         capfilt=CapfiltRecipe(
             decoding=Decoding(method="nucleus", top_p=0.9, min_tokens=5, max_tokens=16),
             prompt="",
+            captions_per_image=2,
             batch_size=64,
             seed=seed,
         ),

@@ -1,6 +1,7 @@
 """Shards to endless training batches: shuffle, decode, augment, tokenise, batch."""
 
 import itertools
+import logging
 import queue
 import threading
 from collections import Counter
@@ -19,6 +20,8 @@ from openblip.images import ImageDecodeError, TrainTransform, decode_image
 from openblip.tokenizer import Tokenizer
 
 PREFETCHED_BATCHES = 4
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,12 @@ class PairStream:
 
     def __iter__(self) -> Iterator[ImageTextBatch]:
         return _prefetch(self._batches, PREFETCHED_BATCHES)
+
+    def warn_of_problems(self, title: str) -> None:
+        """Log what could not be used so far, if anything."""
+        if self.problems:
+            problems = dict(self.problems)
+            _log.warning("%s: not used, by reason, anew in every epoch: %s", title, problems)
 
     def _batches(self) -> Iterator[ImageTextBatch]:
         images: list[Tensor] = []

@@ -1,7 +1,8 @@
 """A drawn world: two coloured objects, their relation and a background, with captions and noise.
 
 Everything is known about it, so it says whether CapFilt works. Three sets, all drawn from one seed:
-`web` (one caption per image, some of them wrong, each truth in the sample's meta), `human` (clean,
+`web` (one caption per image, some of them wrong, each truth in the sample's meta; as on the web,
+most tell less than a human would: they list the objects and not how they stand), `human` (clean,
 several captions per image) and `test` (clean, held out: no scene of it is in the others).
 """
 
@@ -50,6 +51,14 @@ class Scene:
     relation: str
     background: str
 
+    @property
+    def objects(self) -> tuple[tuple[str, str], tuple[str, str]]:
+        """Colour and shape of both."""
+        return (
+            (self.first_color, self.first_shape),
+            (self.second_color, self.second_shape),
+        )
+
 
 _CHOICES: dict[str, Sequence[str]] = {
     "first_color": tuple(COLORS),
@@ -69,6 +78,8 @@ class WorldConfig:
 
     noise_rate       share of web captions that are wrong, the three kinds in equal parts
     human_captions   captions per human image; test images have as many
+    web_lists        share of web captions, true or not, that name the objects without relation
+    human_lists      the same of human and test captions
     """
 
     image_size_px: int = 32
@@ -76,7 +87,9 @@ class WorldConfig:
     num_human: int = 800
     num_test: int = 500
     human_captions: int = 3
-    noise_rate: float = 0.5
+    noise_rate: float = 0.25
+    web_lists: float = 0.9
+    human_lists: float = 0.2
     seed: int = 0
 
 
@@ -92,7 +105,10 @@ def draw_world(config: WorldConfig, folder: Path) -> None:
     for name, scenes in (("human", human_scenes), ("test", test_scenes)):
         samples = []
         for index, scene in enumerate(scenes):
-            texts = [describe(scene, rng) for _ in range(config.human_captions)]
+            texts = [
+                _describe_or_list(scene, rng.random() < config.human_lists, rng)
+                for _ in range(config.human_captions)
+            ]
             captions = tuple(Caption(text, "human") for text in texts)
             image = draw_scene(scene, config.image_size_px, rng)
             samples.append(Sample(f"{name}_{index:06d}", image, captions))
@@ -123,22 +139,34 @@ def draw_scene(scene: Scene, size_px: int, rng: np.random.Generator) -> bytes:
 
 def describe(scene: Scene, rng: np.random.Generator) -> str:
     """Return one of many true captions: objects always, sizes and background often."""
-
-    def noun(color: str, shape: str, size: str) -> str:
-        return f"{size} {color} {shape}" if rng.random() < 0.4 else f"{color} {shape}"
-
-    first = noun(scene.first_color, scene.first_shape, scene.first_size)
-    second = noun(scene.second_color, scene.second_shape, scene.second_size)
+    first, second = _name_objects(scene, rng)
     relation, opposite = scene.relation, {"left of": "right of", "above": "below"}[scene.relation]
     body = f"{first} {relation} {second}" if rng.random() < 0.5 else f"{second} {opposite} {first}"
     return f"{body} on {scene.background}" if rng.random() < 0.4 else body
+
+
+def list_objects(scene: Scene, rng: np.random.Generator) -> str:
+    """Return a true caption that names the objects and not how they stand."""
+    names = _name_objects(scene, rng)
+    rng.shuffle(names)
+    body = " and ".join(names)
+    return f"{body} on {scene.background}" if rng.random() < 0.4 else body
+
+
+def _name_objects(scene: Scene, rng: np.random.Generator) -> list[str]:
+    """Return a name of each object, with its size or without."""
+    sizes = (scene.first_size, scene.second_size)
+    return [
+        f"{size} {color} {shape}" if rng.random() < 0.4 else f"{color} {shape}"
+        for (color, shape), size in zip(scene.objects, sizes, strict=True)
+    ]
 
 
 def _draw_scene(rng: np.random.Generator) -> Scene:
     while True:
         scene = Scene(**{name: str(rng.choice(values)) for name, values in _CHOICES.items()})
         # Two objects alike would make "left of" and "right of" both true.
-        if (scene.first_color, scene.first_shape) != (scene.second_color, scene.second_shape):
+        if scene.objects[0] != scene.objects[1]:
             return scene
 
 
@@ -157,27 +185,37 @@ def _web_samples(
     kinds: tuple[NoiseKind, ...] = ("other_caption", "wrong_attribute", "alt_text")
     samples = []
     for index, scene in enumerate(scenes):
-        true_text = describe(scene, rng)
+        is_list = rng.random() < config.web_lists
+        true_text = _describe_or_list(scene, is_list, rng)
         kind: NoiseKind = "none"
         text = true_text
         if rng.random() < config.noise_rate:
             kind = kinds[int(rng.integers(len(kinds)))]
-            text = _spoil(kind, scene, scenes, rng)
+            text = _spoil(kind, scene, is_list, scenes, rng)
         image = draw_scene(scene, config.image_size_px, rng)
         meta = {"noise": kind, "true_caption": true_text}
         samples.append(Sample(f"web_{index:06d}", image, (Caption(text, "web"),), meta))
     return samples
 
 
-def _spoil(kind: NoiseKind, scene: Scene, scenes: Sequence[Scene], rng: np.random.Generator) -> str:
+def _describe_or_list(scene: Scene, is_list: bool, rng: np.random.Generator) -> str:
+    return list_objects(scene, rng) if is_list else describe(scene, rng)
+
+
+def _spoil(
+    kind: NoiseKind,
+    scene: Scene,
+    is_list: bool,
+    scenes: Sequence[Scene],
+    rng: np.random.Generator,
+) -> str:
     """Return a text that is wrong for the scene in the way of `kind`."""
     match kind:
         case "other_caption":
-            first = (scene.first_color, scene.first_shape)
-            others = [s for s in scenes if (s.first_color, s.first_shape) != first]
+            others = [s for s in scenes if not set(scene.objects) & set(s.objects)]
             if not others:
                 raise ValueError(f"{len(scenes)} web images are too few for another's caption")
-            return describe(others[int(rng.integers(len(others)))], rng)
+            return _describe_or_list(others[int(rng.integers(len(others)))], is_list, rng)
         case "wrong_attribute":
             # What a caption always tells, so that the text is wrong whichever template it takes.
             told = ("first_color", "first_shape", "second_color", "second_shape")
@@ -185,11 +223,9 @@ def _spoil(kind: NoiseKind, scene: Scene, scenes: Sequence[Scene], rng: np.rando
                 name = told[int(rng.integers(len(told)))]
                 value = str(rng.choice([v for v in _CHOICES[name] if v != getattr(scene, name)]))
                 wrong = replace(scene, **{name: value})
-                if (wrong.first_color, wrong.first_shape) != (
-                    wrong.second_color,
-                    wrong.second_shape,
-                ):
-                    return describe(wrong, rng)
+                # No scene has two objects alike.
+                if wrong.objects[0] != wrong.objects[1]:
+                    return _describe_or_list(wrong, is_list, rng)
         case "alt_text":
             first, second = rng.choice(_ALT_WORDS, size=2, replace=False)
             templates = (

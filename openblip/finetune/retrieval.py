@@ -132,9 +132,7 @@ def finetune_retrieval(
         log_path=log_path,
         precision=recipe.precision,
     )
-    if stream.problems:
-        problems = dict(stream.problems)
-        _log.warning("%s: not used, by reason, anew in every epoch: %s", title, problems)
+    stream.warn_of_problems(title)
     return blip
 
 

@@ -24,6 +24,7 @@ from openblip.data.world import (
     describe,
     draw_scene,
     draw_world,
+    list_objects,
 )
 from openblip.images import decode_image
 
@@ -54,14 +55,22 @@ def one_of(words: Sequence[str]) -> str:
 
 
 NOUN = f"(?:{one_of(CHOICES['size'])} )?{one_of(CHOICES['color'])} {one_of(CHOICES['shape'])}"
-CAPTION = re.compile(
-    f"{NOUN} {one_of([*OPPOSITES, *OPPOSITES.values()])} {NOUN}"
-    f"(?: on {one_of(CHOICES['background'])})?"
-)
+PLACE = f"(?: on {one_of(CHOICES['background'])})?"
+CAPTION = re.compile(f"{NOUN} {one_of([*OPPOSITES, *OPPOSITES.values()])} {NOUN}{PLACE}")
+LIST = re.compile(f"{NOUN} and {NOUN}{PLACE}")
 
 
 def is_true(text: str, scene: Scene) -> bool:
     """Say whether all that a caption tells is so in the scene; other texts tell nothing true."""
+    nouns = (
+        (scene.first_size, scene.first_color, scene.first_shape),
+        (scene.second_size, scene.second_color, scene.second_shape),
+    )
+    if listed := LIST.fullmatch(text):
+        first, second = listed.groups()[:3], listed.groups()[3:6]
+        return listed[7] in (None, scene.background) and any(
+            _fits(first, one) and _fits(second, other) for one, other in (nouns, nouns[::-1])
+        )
     told = CAPTION.fullmatch(text)
     if told is None:
         return False
@@ -72,10 +81,15 @@ def is_true(text: str, scene: Scene) -> bool:
             return False
         first, second = second, first
     return (
-        _fits(first, (scene.first_size, scene.first_color, scene.first_shape))
-        and _fits(second, (scene.second_size, scene.second_color, scene.second_shape))
+        _fits(first, nouns[0])
+        and _fits(second, nouns[1])
         and background in (None, scene.background)
     )
+
+
+def tells(text: str) -> bool:
+    """Say whether a text speaks of a scene, truly or not."""
+    return bool(CAPTION.fullmatch(text) or LIST.fullmatch(text))
 
 
 def _fits(told: Sequence[str | None], noun: tuple[str, str, str]) -> bool:
@@ -114,6 +128,13 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[tuple[Samp
 @given(scenes, seeds)
 def test_a_description_tells_nothing_untrue(scene: Scene, seed: int) -> None:
     assert is_true(describe(scene, np.random.default_rng(seed)), scene)
+
+
+@given(scenes, seeds)
+def test_a_list_of_objects_tells_nothing_untrue(scene: Scene, seed: int) -> None:
+    text = list_objects(scene, np.random.default_rng(seed))
+    assert LIST.fullmatch(text)
+    assert is_true(text, scene)
 
 
 @given(scenes, scenes, seeds)
@@ -228,8 +249,8 @@ def test_each_kind_of_noise_is_what_it_says(
     texts = defaultdict(list)
     for sample, scene in drawn["web"]:
         texts[sample.meta["noise"]].append((sample.captions[0].text, scene))
-    assert all(CAPTION.fullmatch(text) for text, _ in texts["other_caption"])
-    assert not any(CAPTION.fullmatch(text) for text, _ in texts["alt_text"])
+    assert all(tells(text) for text, _ in texts["other_caption"])
+    assert not any(tells(text) for text, _ in texts["alt_text"])
     names = [field.name for field in fields(Scene)]
     for text, scene in texts["wrong_attribute"]:
         nearly = (
@@ -250,6 +271,19 @@ def test_each_kind_of_noise_has_its_share(drawn: dict[str, list[tuple[Sample, Sc
     }.items():
         deviation = (expected * (1 - expected) / CONFIG.num_web) ** 0.5
         assert abs(counts[kind] / CONFIG.num_web - expected) < 4 * deviation, counts
+
+
+def test_captions_are_lists_as_often_as_asked(
+    drawn: dict[str, list[tuple[Sample, Scene]]],
+) -> None:
+    for name, expected in (
+        ("web", CONFIG.web_lists),
+        ("human", CONFIG.human_lists),
+        ("test", CONFIG.human_lists),
+    ):
+        texts = [s.meta.get("true_caption", s.captions[0].text) for s, _ in drawn[name]]
+        share = sum(bool(LIST.fullmatch(text)) for text in texts) / len(texts)
+        assert abs(share - expected) <= 4 * (expected * (1 - expected) / len(texts)) ** 0.5, name
 
 
 def test_without_noise_every_web_caption_is_true(tmp_path: Path) -> None:
