@@ -12,16 +12,15 @@ from openblip.checkpoint import check_is_free, load_tokenizer, log_path_of, save
 from openblip.config import Recipe
 from openblip.data.batches import ImageTextBatch
 from openblip.data.sources import list_shards, read_samples
-from openblip.data.stream import PairStream
-from openblip.images import TrainTransform
 from openblip.losses import lm_loss
 from openblip.models.blip import Blip, BlipConfig
 from openblip.models.text import MedConfig
 from openblip.models.vision import VisionConfig
 from openblip.tokenizer import Tokenizer
 from openblip.training.alignment import Alignment, AlignmentConfig
-from openblip.training.loop import Precision, StepOutput, TrainingStep, fit
+from openblip.training.loop import StepOutput, TrainingStep
 from openblip.training.optim import OptimizerRecipe
+from openblip.training.pairs import PairRecipe, train_on_pairs
 
 
 class ModelRecipe(Recipe):
@@ -90,7 +89,7 @@ class ObjectiveRecipe(Recipe):
         return self.soft_target_weight * step / self.soft_target_ramp_steps
 
 
-class PretrainRecipe(Recipe):
+class PretrainRecipe(PairRecipe):
     """One pre-training run; the defaults are the paper's."""
 
     model: ModelRecipe = ModelRecipe()
@@ -99,13 +98,7 @@ class PretrainRecipe(Recipe):
     num_steps: int = Field(100_000, ge=1)
     batch_size: int = Field(64, ge=2)
     max_tokens: int = Field(30, ge=3)
-    max_words: int = Field(30, ge=1)
     min_crop_scale: float = Field(0.2, gt=0, le=1)
-    randaugment_ops: int = Field(2, ge=0)
-    randaugment_magnitude: int = Field(5, ge=0, le=10)
-    flip: bool = True
-    precision: Precision = "float32"
-    seed: int = 42
 
 
 class PretrainRun(PretrainRecipe):
@@ -178,31 +171,15 @@ def pretrain(
     """
     torch.manual_seed(recipe.seed)
     blip = Blip(recipe.model.build_config(tokenizer))
-    stream = PairStream(
-        paths=data,
-        tokenizer=tokenizer,
-        transform=TrainTransform(
-            recipe.model.image_size_px,
-            recipe.min_crop_scale,
-            recipe.randaugment_ops,
-            recipe.randaugment_magnitude,
-            recipe.flip,
-        ),
-        batch_size=recipe.batch_size,
-        max_tokens=recipe.max_tokens,
-        max_words=recipe.max_words,
-        seed=recipe.seed,
-    )
-    fit(
+    train_on_pairs(
         PretrainStep(blip, recipe.objective),
-        iter(stream),
-        recipe.optimizer,
-        num_steps=recipe.num_steps,
-        title=title,
+        recipe,
+        data,
+        tokenizer,
+        image_size_px=recipe.model.image_size_px,
         log_path=log_path,
-        precision=recipe.precision,
+        title=title,
     )
-    stream.warn_of_problems(title)
     return blip
 
 

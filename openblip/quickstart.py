@@ -41,7 +41,14 @@ _MODEL = ModelRecipe(
     position_init_std=3.0,
 )
 _QUEUE_SIZE, _MOMENTUM = 256, 0.99
-_MAX_TOKENS = 20
+# What is drawn needs no augmentation: a crop would cut objects off, a change of colour be untrue.
+_PAIRS: dict[str, Any] = {
+    "batch_size": 32,
+    "max_tokens": 20,
+    "min_crop_scale": 1.0,
+    "randaugment_ops": 0,
+    "flip": False,
+}
 
 
 def quickstart_recipe(seed: int) -> BootstrapRecipe:
@@ -58,32 +65,22 @@ def quickstart_recipe(seed: int) -> BootstrapRecipe:
             ),
             optimizer=_optimizer(2e-3),
             num_steps=1500,
-            batch_size=32,
-            max_tokens=_MAX_TOKENS,
-            min_crop_scale=1.0,
-            randaugment_ops=0,
-            flip=False,
             seed=seed,
+            **_PAIRS,
         ),
         captioner=CaptioningRecipe(
             optimizer=_optimizer(1e-3),
             num_steps=1500,
-            batch_size=32,
-            max_tokens=_MAX_TOKENS,
             prompt="",
             # Smoothing spreads a tenth of the belief over all words, and nucleus sampling draws it:
             # with it one synthetic caption in five was garbled, without it one in a hundred.
             label_smoothing=0.0,
-            min_crop_scale=1.0,
-            randaugment_ops=0,
-            flip=False,
             seed=seed,
+            **_PAIRS,
         ),
         filter=RetrievalRecipe(
             optimizer=_optimizer(1e-3),
             num_steps=1200,
-            batch_size=32,
-            max_tokens=_MAX_TOKENS,
             soft_target_weight=0.0,
             alignment=AlignmentConfig(
                 positives="image_or_text",
@@ -91,10 +88,8 @@ def quickstart_recipe(seed: int) -> BootstrapRecipe:
                 queue_size=_QUEUE_SIZE,
                 momentum=_MOMENTUM,
             ),
-            min_crop_scale=1.0,
-            randaugment_ops=0,
-            flip=False,
             seed=seed,
+            **_PAIRS,
         ),
         capfilt=CapfiltRecipe(
             decoding=Decoding(method="nucleus", top_p=0.9, min_tokens=5, max_tokens=16),

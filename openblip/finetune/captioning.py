@@ -10,37 +10,23 @@ from pydantic import Field
 
 from openblip.captions import DEFAULT_PROMPT
 from openblip.checkpoint import check_is_free, initialise_from, log_path_of, save_run
-from openblip.config import Recipe
 from openblip.data.batches import ImageTextBatch
 from openblip.data.sources import list_shards
-from openblip.data.stream import PairStream
 from openblip.hub import load
-from openblip.images import TrainTransform
 from openblip.losses import lm_loss
 from openblip.models.blip import Blip
 from openblip.tokenizer import Tokenizer
-from openblip.training.loop import Precision, StepOutput, TrainingStep, fit
-from openblip.training.optim import OptimizerRecipe
+from openblip.training.loop import StepOutput, TrainingStep
+from openblip.training.pairs import PairRecipe, train_on_pairs
 
 _log = logging.getLogger(__name__)
 
 
-class CaptioningRecipe(Recipe):
+class CaptioningRecipe(PairRecipe):
     """One captioning run; the defaults are the released code's."""
 
-    optimizer: OptimizerRecipe = OptimizerRecipe(lr=1e-5, min_lr=0.0)
-    num_steps: int = Field(10_000, ge=1)
-    batch_size: int = Field(256, ge=1)
-    max_tokens: int = Field(40, ge=3)
-    max_words: int = Field(30, ge=1)
     prompt: str = DEFAULT_PROMPT
     label_smoothing: float = Field(0.1, ge=0, lt=1)
-    min_crop_scale: float = Field(0.5, gt=0, le=1)
-    randaugment_ops: int = Field(2, ge=0)
-    randaugment_magnitude: int = Field(5, ge=0, le=10)
-    flip: bool = True
-    precision: Precision = "float32"
-    seed: int = 42
 
 
 class CaptioningRun(CaptioningRecipe):
@@ -91,35 +77,18 @@ def finetune_captioning(
 ) -> Blip:
     """Train a model with the role `decode` in place and return it."""
     torch.manual_seed(recipe.seed)
-    size_px = blip.config.vision.image_size_px
-    stream = PairStream(
-        paths=data,
-        tokenizer=tokenizer,
-        transform=TrainTransform(
-            size_px,
-            recipe.min_crop_scale,
-            recipe.randaugment_ops,
-            recipe.randaugment_magnitude,
-            recipe.flip,
-        ),
-        batch_size=recipe.batch_size,
-        max_tokens=recipe.max_tokens,
-        max_words=recipe.max_words,
-        seed=recipe.seed,
-        prefix=recipe.prompt,
-    )
     # [CLS] stands where [DEC] will; [SEP] ends the encoded prompt and is no part of it.
     prompt_length = len(tokenizer.encode(recipe.prompt)) - 1
-    fit(
+    train_on_pairs(
         CaptioningStep(blip, prompt_length, recipe.label_smoothing),
-        iter(stream),
-        recipe.optimizer,
-        num_steps=recipe.num_steps,
-        title=title,
+        recipe,
+        data,
+        tokenizer,
+        image_size_px=blip.config.vision.image_size_px,
         log_path=log_path,
-        precision=recipe.precision,
+        title=title,
+        prefix=recipe.prompt,
     )
-    stream.warn_of_problems(title)
     return blip
 
 

@@ -9,38 +9,26 @@ import torch
 from pydantic import Field
 
 from openblip.checkpoint import check_is_free, initialise_from, log_path_of, save_run
-from openblip.config import Recipe
 from openblip.data.batches import ImageTextBatch
 from openblip.data.sources import list_shards
-from openblip.data.stream import PairStream
 from openblip.hub import load
-from openblip.images import TrainTransform
 from openblip.models.blip import Blip
 from openblip.tokenizer import Tokenizer
 from openblip.training.alignment import Alignment, AlignmentConfig
-from openblip.training.loop import Precision, StepOutput, TrainingStep, fit
-from openblip.training.optim import OptimizerRecipe
+from openblip.training.loop import StepOutput, TrainingStep
+from openblip.training.pairs import PairRecipe, train_on_pairs
 
 _log = logging.getLogger(__name__)
 
 
-class RetrievalRecipe(Recipe):
+class RetrievalRecipe(PairRecipe):
     """One retrieval run; the defaults are the released code's."""
 
-    optimizer: OptimizerRecipe = OptimizerRecipe(lr=1e-5, min_lr=0.0)
-    num_steps: int = Field(10_000, ge=1)
     batch_size: int = Field(256, ge=2)
     max_tokens: int = Field(35, ge=3)
-    max_words: int = Field(30, ge=1)
     soft_target_weight: float = Field(0.4, ge=0, le=1)
     soft_target_ramp_steps: int = Field(0, ge=0)
     alignment: AlignmentConfig = AlignmentConfig(positives="image", mining="online")
-    min_crop_scale: float = Field(0.5, gt=0, le=1)
-    randaugment_ops: int = Field(2, ge=0)
-    randaugment_magnitude: int = Field(5, ge=0, le=10)
-    flip: bool = True
-    precision: Precision = "float32"
-    seed: int = 42
 
     def soft_target_weight_at(self, step: int) -> float:
         """Return the weight at a step: from 0 in a straight line over the ramp."""
@@ -108,31 +96,15 @@ def finetune_retrieval(
 ) -> Blip:
     """Train a model with the roles `text` and `pair` in place and return it."""
     torch.manual_seed(recipe.seed)
-    stream = PairStream(
-        paths=data,
-        tokenizer=tokenizer,
-        transform=TrainTransform(
-            blip.config.vision.image_size_px,
-            recipe.min_crop_scale,
-            recipe.randaugment_ops,
-            recipe.randaugment_magnitude,
-            recipe.flip,
-        ),
-        batch_size=recipe.batch_size,
-        max_tokens=recipe.max_tokens,
-        max_words=recipe.max_words,
-        seed=recipe.seed,
-    )
-    fit(
+    train_on_pairs(
         RetrievalStep(blip, recipe),
-        iter(stream),
-        recipe.optimizer,
-        num_steps=recipe.num_steps,
-        title=title,
+        recipe,
+        data,
+        tokenizer,
+        image_size_px=blip.config.vision.image_size_px,
         log_path=log_path,
-        precision=recipe.precision,
+        title=title,
     )
-    stream.warn_of_problems(title)
     return blip
 
 
