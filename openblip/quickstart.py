@@ -20,7 +20,7 @@ from openblip.pretrain import ModelRecipe, ObjectiveRecipe, PretrainRecipe
 from openblip.training.alignment import AlignmentConfig
 from openblip.training.optim import OptimizerRecipe
 
-WORLD = WorldConfig(num_web=3000, num_human=800, num_test=500)
+WORLD = WorldConfig(num_web=6000, num_human=800, num_test=500)
 
 # One patch for each quarter of the image, and initial weights of a size that lets a model this
 # small leave the plateau on which it knows the words but not the picture; see docs/results.md.
