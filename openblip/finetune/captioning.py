@@ -1,6 +1,5 @@
 """Captioning: the decoder alone, on human captions behind a prompt (BLIP sec. 5.2)."""
 
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,17 +8,14 @@ import torch
 from pydantic import Field
 
 from openblip.captions import DEFAULT_PROMPT
-from openblip.checkpoint import check_is_free, initialise_from, log_path_of, save_run
+from openblip.checkpoint import log_path_of
 from openblip.data.batches import ImageTextBatch
-from openblip.data.sources import list_shards
-from openblip.hub import load
 from openblip.losses import lm_loss
 from openblip.models.blip import Blip
 from openblip.tokenizer import Tokenizer
+from openblip.training.finetuning import FinetuningRun, run_finetuning
 from openblip.training.loop import StepOutput, TrainingStep
 from openblip.training.pairs import PairRecipe, train_on_pairs
-
-_log = logging.getLogger(__name__)
 
 
 class CaptioningRecipe(PairRecipe):
@@ -29,17 +25,8 @@ class CaptioningRecipe(PairRecipe):
     label_smoothing: float = Field(0.1, ge=0, lt=1)
 
 
-class CaptioningRun(CaptioningRecipe):
-    """A run with its data and the model that it starts from, as a recipe file describes it.
-
-    data           tar shards, folders of them, image folders or JSONL files
-    init           checkpoint folder, transformers folder or name on the Hugging Face Hub
-    image_size_px  side of the images; another one than that of `init` resizes the positions
-    """
-
-    data: tuple[str, ...] = Field(min_length=1)
-    init: str
-    image_size_px: int | None = Field(None, ge=1)
+class CaptioningRun(CaptioningRecipe, FinetuningRun):
+    """The same with its data and the model that it starts from, as a recipe file describes it."""
 
 
 class CaptioningStep(TrainingStep):
@@ -97,16 +84,11 @@ def run_captioning(run: CaptioningRun, out: Path) -> dict[str, Any]:
 
     Raises ValueError if `out` exists, and for data or a model that cannot be read or used.
     """
-    check_is_free(out)
-    data = [Path(path) for path in run.data]
-    for path in data:
-        list_shards(path)
-    blip, tokenizer = load(run.init)
-    start = initialise_from(blip, frozenset({"decode"}), run.image_size_px)
-    notes = [f"it starts from {run.init}", *start.notes()]
-    for note in notes:
-        _log.info("%s", note)
-    finetune_captioning(
-        run, start.blip, data, tokenizer, log_path=log_path_of(out), title="captioning"
-    )
-    return save_run(out, start.blip, tokenizer, run, "captioning", notes)
+    title = "captioning"
+
+    def train(blip: Blip, data: list[Path], tokenizer: Tokenizer) -> Blip:
+        return finetune_captioning(
+            run, blip, data, tokenizer, log_path=log_path_of(out), title=title
+        )
+
+    return run_finetuning(run, out, roles=frozenset({"decode"}), title=title, train=train)

@@ -1,6 +1,5 @@
 """Image-text retrieval: ITC and ITM on human captions; CapFilt's filter is this (BLIP sec. 5.1)."""
 
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,17 +7,14 @@ from typing import Any
 import torch
 from pydantic import Field
 
-from openblip.checkpoint import check_is_free, initialise_from, log_path_of, save_run
+from openblip.checkpoint import log_path_of
 from openblip.data.batches import ImageTextBatch
-from openblip.data.sources import list_shards
-from openblip.hub import load
 from openblip.models.blip import Blip
 from openblip.tokenizer import Tokenizer
 from openblip.training.alignment import Alignment, AlignmentConfig
+from openblip.training.finetuning import FinetuningRun, run_finetuning
 from openblip.training.loop import StepOutput, TrainingStep
 from openblip.training.pairs import PairRecipe, train_on_pairs
-
-_log = logging.getLogger(__name__)
 
 
 class RetrievalRecipe(PairRecipe):
@@ -37,17 +33,8 @@ class RetrievalRecipe(PairRecipe):
         return self.soft_target_weight * step / self.soft_target_ramp_steps
 
 
-class RetrievalRun(RetrievalRecipe):
-    """A run with its data and the model that it starts from, as a recipe file describes it.
-
-    data           tar shards, folders of them, image folders or JSONL files
-    init           checkpoint folder, transformers folder or name on the Hugging Face Hub
-    image_size_px  side of the images; another one than that of `init` resizes the positions
-    """
-
-    data: tuple[str, ...] = Field(min_length=1)
-    init: str
-    image_size_px: int | None = Field(None, ge=1)
+class RetrievalRun(RetrievalRecipe, FinetuningRun):
+    """The same with its data and the model that it starts from, as a recipe file describes it."""
 
 
 class RetrievalStep(TrainingStep):
@@ -113,16 +100,11 @@ def run_retrieval(run: RetrievalRun, out: Path) -> dict[str, Any]:
 
     Raises ValueError if `out` exists, and for data or a model that cannot be read or used.
     """
-    check_is_free(out)
-    data = [Path(path) for path in run.data]
-    for path in data:
-        list_shards(path)
-    blip, tokenizer = load(run.init)
-    start = initialise_from(blip, frozenset({"text", "pair"}), run.image_size_px)
-    notes = [f"it starts from {run.init}", *start.notes()]
-    for note in notes:
-        _log.info("%s", note)
-    finetune_retrieval(
-        run, start.blip, data, tokenizer, log_path=log_path_of(out), title="retrieval fine-tuning"
-    )
-    return save_run(out, start.blip, tokenizer, run, "retrieval fine-tuning", notes)
+    title = "retrieval fine-tuning"
+
+    def train(blip: Blip, data: list[Path], tokenizer: Tokenizer) -> Blip:
+        return finetune_retrieval(
+            run, blip, data, tokenizer, log_path=log_path_of(out), title=title
+        )
+
+    return run_finetuning(run, out, roles=frozenset({"text", "pair"}), title=title, train=train)

@@ -1,0 +1,58 @@
+"""A fine-tuning as a recipe file describes it: from an earlier model and data to a checkpoint."""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from openblip.checkpoint import check_is_free, initialise_from, save_run
+from openblip.config import Recipe
+from openblip.data.sources import list_shards
+from openblip.hub import load
+from openblip.models.blip import Blip
+from openblip.models.text import Role
+from openblip.tokenizer import Tokenizer
+
+_log = logging.getLogger(__name__)
+
+
+class FinetuningRun(Recipe):
+    """What a recipe file adds to the settings of a fine-tuning.
+
+    data           tar shards, folders of them, image folders or JSONL files
+    init           checkpoint folder, transformers folder or name on the Hugging Face Hub
+    image_size_px  side of the images; another one than that of `init` resizes the positions
+    """
+
+    data: tuple[str, ...] = Field(min_length=1)
+    init: str
+    image_size_px: int | None = Field(None, ge=1)
+
+
+def run_finetuning(
+    run: FinetuningRun,
+    out: Path,
+    *,
+    roles: frozenset[Role],
+    title: str,
+    train: Callable[[Blip, list[Path], Tokenizer], Blip],
+) -> dict[str, Any]:
+    """Fine-tune and save the checkpoint `out`; return what came out.
+
+    roles  what the new model keeps of that of `init`
+    train  trains a model in place on the data
+    Raises ValueError if `out` exists, and for data or a model that cannot be read or used.
+    """
+    check_is_free(out)
+    data = [Path(path) for path in run.data]
+    for path in data:
+        list_shards(path)
+    blip, tokenizer = load(run.init)
+    start = initialise_from(blip, roles, run.image_size_px)
+    notes = [f"it starts from {run.init}", *start.notes()]
+    for note in notes:
+        _log.info("%s", note)
+    train(start.blip, data, tokenizer)
+    return save_run(out, start.blip, tokenizer, run, title, notes)
