@@ -102,6 +102,8 @@ def test_ctrl_c_is_a_sentence_and_130(model: Path, world: Path, tmp_path: Path) 
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        # A shell that runs the tests in the background lets its children ignore Ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     log = tmp_path / "new.log.jsonl"
     deadline = time.monotonic() + 120
