@@ -1,17 +1,16 @@
 """Pre-training: ITC, ITM and LM together on image-text pairs (BLIP sec. 3.2)."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import Field
 
-from openblip.captions import clean_caption
 from openblip.checkpoint import check_is_free, load_tokenizer, log_path_of, save_run
 from openblip.config import Recipe
 from openblip.data.batches import ImageTextBatch
-from openblip.data.sources import list_shards, read_samples
+from openblip.data.sources import kept_captions, list_shards
 from openblip.losses import lm_loss
 from openblip.models.blip import Blip, BlipConfig
 from openblip.models.text import MedConfig
@@ -192,19 +191,10 @@ def run_pretraining(run: PretrainRun, out: Path) -> dict[str, Any]:
     data = [Path(path) for path in run.data]
     shards = [shard for path in data for shard in list_shards(path)]
     if run.vocabulary is None:
-        tokenizer = Tokenizer.train(_kept_captions(shards), vocab_size=run.vocab_size)
+        tokenizer = Tokenizer.train(kept_captions(shards), vocab_size=run.vocab_size)
         note = f"a vocabulary of {tokenizer.vocab_size} words was learned from the captions"
     else:
         tokenizer = load_tokenizer(run.vocabulary)
         note = f"the vocabulary of {tokenizer.vocab_size} words is that of {run.vocabulary}"
     blip = pretrain(run, data, tokenizer, log_path=log_path_of(out))
     return save_run(out, blip, tokenizer, run, "pre-training", [note])
-
-
-def _kept_captions(shards: Sequence[Path]) -> Iterable[str]:
-    # What cannot be used is counted where it is missed, in training.
-    for shard in shards:
-        for sample in read_samples(shard, on_bad=lambda key, reason: None):
-            for caption in sample.captions:
-                if caption.drop_reason is None:
-                    yield clean_caption(caption.text)

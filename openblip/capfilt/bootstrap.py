@@ -64,13 +64,16 @@ class EvaluationRecipe(Recipe):
 class BootstrapRecipe(Recipe):
     """One round of the loop. Both pre-trainings take the same recipe, and the same steps.
 
-    vocab_size  of the WordPiece vocabulary, which is learned from the captions
+    vocab_size         of the WordPiece vocabulary, which is learned from the captions
+    has_web_negatives  the filter's ITM also takes captions of the web, whatever they say, as wrong
+                       for the human images (see RetrievalRun.negatives)
     """
 
     vocab_size: int = Field(30_524, ge=16)
     pretrain: PretrainRecipe = PretrainRecipe()
     captioner: CaptioningRecipe = CaptioningRecipe()
     filter: RetrievalRecipe = RetrievalRecipe()
+    has_web_negatives: bool = False
     capfilt: CapfiltRecipe = CapfiltRecipe()
     evaluation: EvaluationRecipe = EvaluationRecipe()
 
@@ -197,6 +200,7 @@ class _Loop:
             self.tokenizer,
             log_path=self.out / "logs" / "filter.jsonl",
             title="fine-tuning filter",
+            negatives=[self.data.web] if self.recipe.has_web_negatives else [],
         )
 
     def _capfilt(self, captioner: Blip, judge: Blip) -> None:

@@ -7,9 +7,10 @@ import base64
 import binascii
 import json
 import tarfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
+from openblip.captions import clean_caption
 from openblip.data.samples import Caption, CaptionSource, Sample
 
 IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff"})
@@ -53,6 +54,19 @@ def read_samples(
         yield from _read_jsonl(shard, default_source, on_bad)
     else:
         yield from _read_tar(shard, default_source, on_bad)
+
+
+def kept_captions(shards: Iterable[str | Path], max_words: int = 50) -> Iterator[str]:
+    """Yield the cleaned texts of all kept captions, for what needs no images.
+
+    What cannot be used is passed over: it is counted where the images are read.
+    """
+    for shard in shards:
+        for sample in read_samples(shard, on_bad=lambda key, reason: None):
+            for caption in sample.captions:
+                text = clean_caption(caption.text, max_words)
+                if caption.drop_reason is None and text:
+                    yield text
 
 
 def _read_tar(shard: Path, source: CaptionSource, on_bad: OnBad) -> Iterator[Sample]:

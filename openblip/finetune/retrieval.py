@@ -4,27 +4,36 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from pydantic import Field
 
 from openblip.checkpoint import log_path_of
 from openblip.data.batches import ImageTextBatch
+from openblip.data.sources import kept_captions, list_shards
 from openblip.models.blip import Blip
 from openblip.tokenizer import Tokenizer
-from openblip.training.alignment import Alignment, AlignmentConfig
+from openblip.training.alignment import Alignment, AlignmentConfig, WrongTexts
 from openblip.training.finetuning import FinetuningRun, run_finetuning
 from openblip.training.loop import StepOutput, TrainingStep
 from openblip.training.pairs import PairRecipe, train_on_pairs
 
+MAX_NEGATIVE_TEXTS = 100_000
+
 
 class RetrievalRecipe(PairRecipe):
-    """One retrieval run; the defaults are the released code's."""
+    """One retrieval run; the defaults are the released code's.
+
+    negatives_share  of the images whose wrong text for ITM comes from the data set `negatives`, if
+                     there is one, instead of from the batch
+    """
 
     batch_size: int = Field(256, ge=2)
     max_tokens: int = Field(35, ge=3)
     soft_target_weight: float = Field(0.4, ge=0, le=1)
     soft_target_ramp_steps: int = Field(0, ge=0)
     alignment: AlignmentConfig = AlignmentConfig(positives="image", mining="online")
+    negatives_share: float = Field(0.5, ge=0, le=1)
 
     def soft_target_weight_at(self, step: int) -> float:
         """Return the weight at a step: from 0 in a straight line over the ramp."""
@@ -34,20 +43,70 @@ class RetrievalRecipe(PairRecipe):
 
 
 class RetrievalRun(RetrievalRecipe, FinetuningRun):
-    """The same with its data and the model that it starts from, as a recipe file describes it."""
+    """The same with its data and the model that it starts from, as a recipe file describes it.
+
+    negatives  data sets of the same kinds as `data`, of other images: each of their captions is
+               wrong for all of `data`. Without them a filter has never seen text that is no
+               caption; with them it also learns how such text sounds, and trusts true ones less
+    """
+
+    negatives: tuple[str, ...] = ()
+
+
+class NegativeTexts:
+    """Captions of a data set, drawn as wrong texts for the images of another."""
+
+    def __init__(self, data: Sequence[Path], tokenizer: Tokenizer, recipe: RetrievalRecipe) -> None:
+        """Read the captions; of more than `MAX_NEGATIVE_TEXTS`, as many at random.
+
+        Raises ValueError if there is none.
+        """
+        self._tokenizer, self._recipe = tokenizer, recipe
+        self._texts: list[str] = []
+        rng = np.random.default_rng(recipe.seed)
+        shards = [shard for path in data for shard in list_shards(path)]
+        for number, text in enumerate(kept_captions(shards, recipe.max_words)):
+            if number < MAX_NEGATIVE_TEXTS:
+                self._texts.append(text)
+                continue
+            place = int(rng.integers(number + 1))
+            if place < MAX_NEGATIVE_TEXTS:
+                self._texts[place] = text
+        if not self._texts:
+            raise ValueError(f"no caption in {', '.join(map(str, data))} to take as wrong text")
+
+    def draw(self, batch_size: int, step: int, device: torch.device) -> WrongTexts | None:
+        """Draw texts for some images of a batch; the same ones whenever the step is taken."""
+        rng = np.random.default_rng([self._recipe.seed, step])
+        rows = np.flatnonzero(rng.random(batch_size) < self._recipe.negatives_share)
+        if not rows.size:
+            return None
+        texts = [self._texts[int(i)] for i in rng.integers(len(self._texts), size=rows.size)]
+        tokens = self._tokenizer.encode_batch(texts, max_tokens=self._recipe.max_tokens)
+        return WrongTexts(
+            torch.from_numpy(rows).to(device),
+            tokens.token_ids.to(device),
+            tokens.text_mask.to(device),
+        )
 
 
 class RetrievalStep(TrainingStep):
     """ITC + ITM of a batch."""
 
-    def __init__(self, blip: Blip, recipe: RetrievalRecipe) -> None:
+    def __init__(
+        self, blip: Blip, recipe: RetrievalRecipe, negatives: NegativeTexts | None = None
+    ) -> None:
         super().__init__()
+        self._negatives = negatives
         self.blip = blip
         self.recipe = recipe
         self.alignment = Alignment(blip, recipe.alignment)
 
     def forward(self, batch: ImageTextBatch, step: int) -> StepOutput:
         image_states = self.blip.encode_image(batch.images)
+        wrong_texts = None
+        if self._negatives is not None:
+            wrong_texts = self._negatives.draw(batch.images.shape[0], step, batch.images.device)
         aligned = self.alignment(
             self.blip,
             batch.images,
@@ -58,6 +117,7 @@ class RetrievalStep(TrainingStep):
             batch.image_ids,
             batch.text_ids,
             self.recipe.soft_target_weight_at(step),
+            wrong_texts=wrong_texts,
         )
         total = aligned.itc + aligned.itm
         measures: dict[str, torch.Tensor | float] = {
@@ -80,11 +140,16 @@ def finetune_retrieval(
     *,
     log_path: Path,
     title: str = "filter",
+    negatives: Sequence[Path] = (),
 ) -> Blip:
-    """Train a model with the roles `text` and `pair` in place and return it."""
+    """Train a model with the roles `text` and `pair` in place and return it.
+
+    negatives  data sets of other images, whose captions are wrong for all of `data`
+    """
     torch.manual_seed(recipe.seed)
+    wrong_texts = NegativeTexts(negatives, tokenizer, recipe) if negatives else None
     train_on_pairs(
-        RetrievalStep(blip, recipe),
+        RetrievalStep(blip, recipe, wrong_texts),
         recipe,
         data,
         tokenizer,
@@ -101,10 +166,19 @@ def run_retrieval(run: RetrievalRun, out: Path) -> dict[str, Any]:
     Raises ValueError if `out` exists, and for data or a model that cannot be read or used.
     """
     title = "retrieval fine-tuning"
+    negatives = [Path(path) for path in run.negatives]
+    for path in negatives:
+        list_shards(path)
 
     def train(blip: Blip, data: list[Path], tokenizer: Tokenizer) -> Blip:
         return finetune_retrieval(
-            run, blip, data, tokenizer, log_path=log_path_of(out), title=title
+            run,
+            blip,
+            data,
+            tokenizer,
+            log_path=log_path_of(out),
+            title=title,
+            negatives=negatives,
         )
 
     return run_finetuning(run, out, roles=frozenset({"text", "pair"}), title=title, train=train)

@@ -9,6 +9,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from openblip.losses import itc_loss, itm_loss, sample_hard_negatives, soft_targets
 from openblip.models.blip import Blip
@@ -57,6 +58,19 @@ class AlignmentOutput:
     entries: QueueEntries
 
 
+@dataclass(frozen=True)
+class WrongTexts:
+    """Texts from elsewhere that some images of a batch are judged with, instead of a drawn one.
+
+    rows                  (R,) images of the batch
+    token_ids, text_mask  (R, L') one text for each
+    """
+
+    rows: Tensor
+    token_ids: Tensor
+    text_mask: Tensor
+
+
 Draw = Callable[[Tensor], Tensor]
 
 
@@ -81,6 +95,7 @@ class Alignment(nn.Module):
         text_ids: Tensor,
         soft_target_weight: float,
         draw: Draw | None = None,
+        wrong_texts: WrongTexts | None = None,
     ) -> AlignmentOutput:
         """Compute both losses of a batch.
 
@@ -91,6 +106,7 @@ class Alignment(nn.Module):
         image_ids, text_ids   (B,) equal where the image, or the text, is the same
         soft_target_weight    share of the momentum twin's belief in the ITC targets
         draw                  maps mining weights (B, B) to one column per row (B,)
+        wrong_texts           takes the place of what is drawn for the images that it names
         """
         image_embedding = blip.embed_image(image_states)
         text_embedding = blip.embed_text(blip.encode_text(token_ids, text_mask))
@@ -134,7 +150,7 @@ class Alignment(nn.Module):
                 for weights in (text_weights, image_weights)
             )
         match_logits, is_match, num_left_out = self._match(
-            blip, context, token_ids, text_mask, image_weights, text_weights, draw
+            blip, context, token_ids, text_mask, image_weights, text_weights, draw, wrong_texts
         )
         return AlignmentOutput(
             itc=itc,
@@ -173,10 +189,12 @@ class Alignment(nn.Module):
         image_weights: Tensor,
         text_weights: Tensor,
         draw: Draw | None,
+        wrong_texts: WrongTexts | None,
     ) -> tuple[Tensor, Tensor, int]:
         """Judge the true pairs, then each text with a hard image, then each image with a hard text.
 
         image_weights (B, B): text by image; text_weights (B, B): image by text; 0: never drawn.
+        wrong_texts: judged instead of the hard text, also for an image that has none.
         Returns match logits (P, 2), is_match (P,) bool, and how many rows had no negative.
         """
         rows = torch.arange(token_ids.shape[0], device=token_ids.device)
@@ -184,6 +202,15 @@ class Alignment(nn.Module):
         has_text = text_weights.sum(dim=1) > 0
         hard_images = _draw_or_multinomial(draw, image_weights[has_image])
         hard_texts = _draw_or_multinomial(draw, text_weights[has_text])
+        if wrong_texts is not None:
+            text_of = rows.clone()
+            text_of[has_text] = hard_texts
+            text_of[wrong_texts.rows] = rows.shape[0] + rows[: len(wrong_texts.rows)]
+            has_text[wrong_texts.rows] = True
+            hard_texts = text_of[has_text]
+            pad = blip.config.tokens.pad
+            token_ids = _stack(token_ids, wrong_texts.token_ids, pad)
+            text_mask = _stack(text_mask, wrong_texts.text_mask, 0)
         image_rows = torch.cat([rows, hard_images, rows[has_text]])
         text_rows = torch.cat([rows, rows[has_image], hard_texts])
         pair_states = blip.encode_pair(
@@ -192,6 +219,14 @@ class Alignment(nn.Module):
         is_match = torch.arange(image_rows.shape[0], device=rows.device) < rows.shape[0]
         left_out = 2 * rows.shape[0] - hard_images.shape[0] - hard_texts.shape[0]
         return blip.match_logits(pair_states), is_match, left_out
+
+
+def _stack(first: Tensor, second: Tensor, padding: int) -> Tensor:
+    """Return the rows (., L) of both, padded to the longer."""
+    length = max(first.shape[1], second.shape[1])
+    return torch.cat(
+        [F.pad(rows, (0, length - rows.shape[1]), value=padding) for rows in (first, second)]
+    )
 
 
 def _draw_or_multinomial(draw: Draw | None, weights: Tensor) -> Tensor:

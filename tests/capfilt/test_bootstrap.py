@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -131,6 +132,23 @@ def test_the_ablation_is_added_to_a_loop_that_is_done(
     assert list(extended["ablation"]) == list(loop.MODELS)
     assert extended["ablation"]["base"] == extended["before"] == results["before"]
     assert extended["after"] == results["after"]
+
+
+@pytest.mark.parametrize("has_web_negatives", [False, True])
+def test_the_filter_takes_web_captions_as_wrong_where_the_recipe_says_so(
+    has_web_negatives: bool, data: BootstrapData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class SeenError(Exception):
+        pass
+
+    def finetune(*args: Any, negatives: Sequence[Path], **kwargs: Any) -> None:
+        raise SeenError(negatives)
+
+    monkeypatch.setattr(loop, "finetune_retrieval", finetune)
+    recipe = RECIPE.model_copy(update={"has_web_negatives": has_web_negatives})
+    with pytest.raises(SeenError) as seen:
+        bootstrap(recipe, data, tmp_path)
+    assert seen.value.args == ([data.web] if has_web_negatives else [],)
 
 
 @pytest.mark.slow

@@ -92,7 +92,8 @@ def test_finetune_leaves_a_model_of_the_task(
 ) -> None:
     path = recipe(finetuning(world, model))
     sets = ["--set", "image_size_px=48"]
-    sets += ["--set", "alignment.queue_size=8"] if task == "retrieval" else []
+    if task == "retrieval":
+        sets += ["--set", "alignment.queue_size=8", "--set", f"negatives=[{world / 'web'}]"]
     result = run("finetune", task, path, "--out", tmp_path / "m", *sets, "--json")
     assert result.code == 0, result.err
     blip, _ = load_checkpoint(tmp_path / "m")
@@ -118,6 +119,7 @@ def test_finetune_leaves_a_model_of_the_task(
         ("finetune captioning", "init=/absent/model", "/absent/model"),
         ("finetune captioning", "image_size_px=33", "33 is not a multiple"),
         ("finetune retrieval", "prompt=x", "unknown key prompt"),
+        ("finetune retrieval", "negatives=[/absent/web]", "/absent/web is no data set"),
     ],
 )
 def test_a_wrong_setting_is_told_in_a_sentence(
