@@ -5,9 +5,12 @@ What cannot be used is reported by key and reason, never raised and never lost s
 
 import base64
 import binascii
+import itertools
 import json
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from openblip.captions import clean_caption
@@ -16,6 +19,18 @@ from openblip.data.samples import Caption, CaptionSource, Sample
 IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff"})
 
 OnBad = Callable[[str, str], None]
+
+
+@dataclass(frozen=True)
+class BadSample:
+    """What cannot be used, and why."""
+
+    key: str
+    reason: str
+
+
+Build = Callable[[CaptionSource], Sample | BadSample]
+"""Makes what an entry of a shard holds; until it is called, nothing of it is parsed."""
 
 
 def list_shards(path: str | Path) -> list[Path]:
@@ -47,13 +62,30 @@ def read_samples(
     default_source  source of captions that do not state theirs
     on_bad          called with key and reason for each sample that cannot be used
     """
+    for entry in read_entries(shard, default_source=default_source):
+        if isinstance(entry, BadSample):
+            on_bad(entry.key, entry.reason)
+        else:
+            yield entry
+
+
+def read_entries(
+    shard: str | Path, *, default_source: CaptionSource = "web", start: int = 0, step: int = 1
+) -> Iterator[Sample | BadSample]:
+    """Yield all that one shard holds in a fixed order, good or bad.
+
+    start, step  the first entry, counted from 0, and every how manieth after it; the others are
+                 passed over without a look at what they hold
+    """
     shard = Path(shard)
     if shard.is_dir():
-        yield from _read_folder(shard, default_source, on_bad)
+        entries = _folder_entries(shard)
     elif shard.suffix == ".jsonl":
-        yield from _read_jsonl(shard, default_source, on_bad)
+        entries = _jsonl_entries(shard)
     else:
-        yield from _read_tar(shard, default_source, on_bad)
+        entries = _tar_entries(shard)
+    for build in itertools.islice(entries, start, None, step):
+        yield build(default_source)
 
 
 def kept_captions(shards: Iterable[str | Path], max_words: int = 50) -> Iterator[str]:
@@ -69,7 +101,7 @@ def kept_captions(shards: Iterable[str | Path], max_words: int = 50) -> Iterator
                     yield text
 
 
-def _read_tar(shard: Path, source: CaptionSource, on_bad: OnBad) -> Iterator[Sample]:
+def _tar_entries(shard: Path) -> Iterator[Build]:
     """Group consecutive files of one key, as WebDataset does: the key ends at the first dot."""
     key, parts = "", dict[str, bytes]()
     try:
@@ -84,32 +116,29 @@ def _read_tar(shard: Path, source: CaptionSource, on_bad: OnBad) -> Iterator[Sam
                 assert file is not None
                 data = file.read()
                 if new_key != key and parts:
-                    yield from _build(key, parts, source, on_bad)
+                    yield partial(_build, key, parts)
                     parts = {}
                 key = new_key
                 parts[extension.lower()] = data
     except (tarfile.TarError, EOFError, OSError) as error:
-        on_bad(key or shard.name, "unreadable_tar" if not key else "truncated_tar")
         if isinstance(error, OSError) and not isinstance(error, tarfile.TarError) and not key:
             raise ValueError(f"cannot read shard {shard}: {error}") from error
+        bad = BadSample(key or shard.name, "truncated_tar" if key else "unreadable_tar")
+        yield lambda source: bad
         return
     if parts:
-        yield from _build(key, parts, source, on_bad)
+        yield partial(_build, key, parts)
 
 
-def _build(
-    key: str, parts: Mapping[str, bytes], source: CaptionSource, on_bad: OnBad
-) -> Iterator[Sample]:
+def _build(key: str, parts: Mapping[str, bytes], source: CaptionSource) -> Sample | BadSample:
     extension = next((name for name in parts if name in IMAGE_EXTENSIONS), None)
     if extension is None:
-        on_bad(key, "missing_image")
-        return
+        return BadSample(key, "missing_image")
     try:
         captions, meta = _captions(parts.get("json"), parts.get("txt"), source)
     except ValueError:
-        on_bad(key, "bad_json")
-        return
-    yield Sample(key.replace(".", "_"), parts[extension], captions, meta, extension)
+        return BadSample(key, "bad_json")
+    return Sample(key.replace(".", "_"), parts[extension], captions, meta, extension)
 
 
 def _captions(
@@ -143,51 +172,53 @@ def _parse_fields(
     return tuple(Caption.from_json(caption, source) for caption in given), meta
 
 
-def _read_folder(folder: Path, source: CaptionSource, on_bad: OnBad) -> Iterator[Sample]:
+def _folder_entries(folder: Path) -> Iterator[Build]:
     for path in sorted(file for file in folder.rglob("*") if _is_image(file)):
-        key = path.relative_to(folder).with_suffix("").as_posix().replace(".", "_")
-        try:
-            beside = {
-                kind: path.with_suffix(f".{kind}").read_bytes()
-                for kind in ("json", "txt")
-                if path.with_suffix(f".{kind}").is_file()
-            }
-            image = path.read_bytes()
-        except OSError:
-            on_bad(key, "unreadable_file")
-            continue
-        yield from _build(key, {path.suffix[1:].lower(): image} | beside, source, on_bad)
+        yield partial(_read_file, folder, path)
 
 
-def _read_jsonl(shard: Path, source: CaptionSource, on_bad: OnBad) -> Iterator[Sample]:
+def _read_file(folder: Path, path: Path, source: CaptionSource) -> Sample | BadSample:
+    key = path.relative_to(folder).with_suffix("").as_posix().replace(".", "_")
+    try:
+        beside = {
+            kind: path.with_suffix(f".{kind}").read_bytes()
+            for kind in ("json", "txt")
+            if path.with_suffix(f".{kind}").is_file()
+        }
+        image = path.read_bytes()
+    except OSError:
+        return BadSample(key, "unreadable_file")
+    return _build(key, {path.suffix[1:].lower(): image} | beside, source)
+
+
+def _jsonl_entries(shard: Path) -> Iterator[Build]:
     with shard.open(encoding="utf-8", errors="replace") as lines:
         for number, line in enumerate(lines, start=1):
-            key = f"{shard.stem}_{number:08d}"
-            if not line.strip():
-                continue
-            try:
-                captions, meta = _parse_fields(json.loads(line), source)
-            except ValueError:
-                on_bad(key, "bad_json")
-                continue
-            key = str(meta.pop("key", key)).replace(".", "_")
-            path, encoded = meta.pop("image", None), meta.pop("image_base64", None)
-            try:
-                if isinstance(path, str):
-                    image = (shard.parent / path).read_bytes()
-                    extension = Path(path).suffix[1:].lower() or "jpg"
-                elif isinstance(encoded, str):
-                    image, extension = base64.b64decode(encoded, validate=True), "jpg"
-                else:
-                    on_bad(key, "missing_image")
-                    continue
-            except OSError:
-                on_bad(key, "missing_image")
-                continue
-            except binascii.Error:
-                on_bad(key, "bad_base64")
-                continue
-            yield Sample(key, image, captions, meta, extension)
+            if line.strip():
+                yield partial(_read_line, shard, number, line)
+
+
+def _read_line(shard: Path, number: int, line: str, source: CaptionSource) -> Sample | BadSample:
+    key = f"{shard.stem}_{number:08d}"
+    try:
+        captions, meta = _parse_fields(json.loads(line), source)
+    except ValueError:
+        return BadSample(key, "bad_json")
+    key = str(meta.pop("key", key)).replace(".", "_")
+    path, encoded = meta.pop("image", None), meta.pop("image_base64", None)
+    try:
+        if isinstance(path, str):
+            image = (shard.parent / path).read_bytes()
+            extension = Path(path).suffix[1:].lower() or "jpg"
+        elif isinstance(encoded, str):
+            image, extension = base64.b64decode(encoded, validate=True), "jpg"
+        else:
+            return BadSample(key, "missing_image")
+    except OSError:
+        return BadSample(key, "missing_image")
+    except binascii.Error:
+        return BadSample(key, "bad_base64")
+    return Sample(key, image, captions, meta, extension)
 
 
 def _is_image(path: Path) -> bool:

@@ -1,167 +1,391 @@
-"""Shards to endless training batches: shuffle, decode, augment, tokenise, batch."""
+"""Shards to endless training batches, from a position that can be saved and gone back to.
+
+An epoch is a random order of *units*: whole shards, or every n-th sample of them where the shards
+are few. Counted on from epoch to epoch, unit g belongs to the rank g mod (number of ranks). A rank
+reads a few of its units side by side into a *block* in memory, and takes the block's pairs in
+random order. Every order and every augmentation follows from the seed and from what is read, never
+from who reads it or when: the position is the ranges of samples that the block was read from, the
+place in the block, and the units that come next.
+"""
 
 import itertools
 import logging
-import queue
-import threading
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections import Counter, deque
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from PIL import Image
 from torch import Tensor
 
 from openblip.captions import clean_caption, has_left_or_right
 from openblip.data.batches import ImageTextBatch, collate
-from openblip.data.sources import list_shards, read_samples
+from openblip.data.prefetch import JOBS_PER_WORKER, map_in_order, prefetch
+from openblip.data.samples import Sample
+from openblip.data.sources import BadSample, list_shards, read_entries
 from openblip.images import ImageDecodeError, TrainTransform, decode_image
 from openblip.tokenizer import Tokenizer
 
 PREFETCHED_BATCHES = 4
+MIN_UNITS = 16
+"""An epoch has at least as many units, so that several ranks find work in a single shard."""
+OPEN_UNITS = 4
+"""Units that a block is read from, so that samples of one shard do not stay together."""
+MIN_SEEN = 1000
+"""Pairs after which the share of bad ones says something."""
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Pair:
-    """One training pair: an image, still encoded, and one of its kept captions, cleaned."""
+    """One training pair: an image, still encoded, and one of its kept captions, cleaned.
+
+    origin  unit, place in it, and number of the caption: what its augmentation is drawn from
+    """
 
     key: str
     image_bytes: bytes
     text: str
+    origin: tuple[int, int, int]
 
 
-@dataclass
+@dataclass(frozen=True)
+class Block:
+    """Samples that are shuffled together: (unit, first sample, number of samples) each.
+
+    place  pairs already taken, in the block's random order
+    """
+
+    ranges: tuple[tuple[int, int, int], ...]
+    place: int = 0
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where one rank's stream stands, to the pair.
+
+    blocks     to be finished, the current one first
+    units      begun or left over, to be read next: (unit, samples of it already read)
+    next_unit  the first that nobody has begun, of this rank
+    num_ranks  the distance to the one after it
+    num_seen   pairs taken so far, and samples that could not be read
+    problems   how many of them could not be used, by reason
+    """
+
+    blocks: tuple[Block, ...] = ()
+    units: tuple[tuple[int, int], ...] = ()
+    next_unit: int = 0
+    num_ranks: int = 1
+    num_seen: int = 0
+    problems: Mapping[str, int] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what `from_json` reads back."""
+        return {
+            "blocks": [
+                {"ranges": [list(r) for r in b.ranges], "place": b.place} for b in self.blocks
+            ],
+            "units": [list(unit) for unit in self.units],
+            "next_unit": self.next_unit,
+            "num_ranks": self.num_ranks,
+            "num_seen": self.num_seen,
+            "problems": dict(self.problems),
+        }
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> "Position":
+        """Read what `to_json` wrote."""
+        return cls(
+            tuple(
+                Block(tuple((g, first, num) for g, first, num in block["ranges"]), block["place"])
+                for block in value["blocks"]
+            ),
+            tuple((unit, num_read) for unit, num_read in value["units"]),
+            value["next_unit"],
+            value["num_ranks"],
+            value["num_seen"],
+            dict(value["problems"]),
+        )
+
+
+def start_positions(num_ranks: int) -> list[Position]:
+    """Return where each rank begins."""
+    return [Position(next_unit=rank, num_ranks=num_ranks) for rank in range(num_ranks)]
+
+
+def deal_anew(positions: Sequence[Position], num_ranks: int) -> list[Position]:
+    """Return where each of another number of ranks goes on, so that every sample comes once.
+
+    positions  of all ranks that there were, at one step
+    """
+    if len(positions) == num_ranks:
+        return list(positions)
+    untouched = max(position.next_unit for position in positions)
+    blocks = [block for position in positions for block in position.blocks]
+    units = sorted(
+        [unit for position in positions for unit in position.units]
+        + [
+            (unit, 0)
+            for position in positions
+            for unit in range(position.next_unit, untouched, position.num_ranks)
+        ]
+    )
+    problems: Counter[str] = Counter()
+    for position in positions:
+        problems.update(position.problems)
+    return [
+        Position(
+            blocks=tuple(blocks[rank::num_ranks]),
+            units=tuple(units[rank::num_ranks]),
+            next_unit=untouched + rank,
+            num_ranks=num_ranks,
+            num_seen=sum(position.num_seen for position in positions) if rank == 0 else 0,
+            problems=dict(problems) if rank == 0 else {},
+        )
+        for rank in range(num_ranks)
+    ]
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """What a place of a unit holds."""
+
+    unit: int
+    place: int
+    content: Sample | BadSample
+
+    @property
+    def num_bytes(self) -> int:
+        return len(self.content.image_bytes) if isinstance(self.content, Sample) else 0
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """A block in memory, its pairs in their random order, and where the stream is behind it.
+
+    bad  what could not be read, unless an earlier run has counted it
+    """
+
+    block: Block
+    pairs: list[Pair]
+    bad: list[BadSample]
+    behind: Position
+
+
 class PairStream:
     """An endless, shuffled stream of batches over shards.
 
-    Every kept caption of an image is a pair of its own. An epoch reads the shards in a random
-    order and mixes their pairs in a buffer; the same seed gives the same batches. `problems`
-    counts what could not be used, by reason.
+    Every kept caption of an image is a pair of its own. The same seed and position give the same
+    batches, whatever the number of workers.
 
-    prefix  put before every text, as the captioning prompt is
+    position          behind the batch that was given out last
+    prefix            put before every text, as the captioning prompt is
+    block_size        samples that are shuffled together, and
+    block_bytes       bytes of their images at which a block ends early
+    num_workers       threads that decode and augment
+    max_bad_fraction  of what is read; more stops the stream with ValueError
     """
 
-    paths: Sequence[Path]
-    tokenizer: Tokenizer
-    transform: TrainTransform
-    batch_size: int
-    max_tokens: int
-    seed: int
-    prefix: str = ""
-    max_words: int = 50
-    buffer_size: int = 20_000
-    problems: Counter[str] = field(default_factory=Counter)
-    num_batches: int = 0
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        tokenizer: Tokenizer,
+        transform: TrainTransform,
+        *,
+        batch_size: int,
+        max_tokens: int,
+        seed: int,
+        prefix: str = "",
+        max_words: int = 50,
+        block_size: int = 8192,
+        block_bytes: int = 256 << 20,
+        num_workers: int = 1,
+        max_bad_fraction: float = 1.0,
+        position: Position | None = None,
+    ) -> None:
+        """Raises ValueError if a path is no data set."""
+        self.paths = paths
+        self.tokenizer, self.transform = tokenizer, transform
+        self.batch_size, self.max_tokens, self.max_words = batch_size, max_tokens, max_words
+        self.seed, self.prefix = seed, prefix
+        self.block_size, self.block_bytes = block_size, block_bytes
+        self.num_workers, self.max_bad_fraction = num_workers, max_bad_fraction
+        self.position = Position() if position is None else position
+        self._shards = [shard for path in paths for shard in list_shards(path)]
+        self._num_parts = -(-MIN_UNITS // len(self._shards))
+        self._num_units = self._num_parts * len(self._shards)
+        self._readers: dict[tuple[int, int], Iterator[Sample | BadSample]] = {}
 
     def __iter__(self) -> Iterator[ImageTextBatch]:
-        return _prefetch(self._batches, PREFETCHED_BATCHES)
+        for batch, position, bad in prefetch(self._batches(), PREFETCHED_BATCHES):
+            self.position = position
+            for sample in bad:
+                _log.info("not used: %s (%s)", sample.key, sample.reason)
+            yield batch
 
     def warn_of_problems(self, title: str) -> None:
         """Log what could not be used so far, if anything."""
-        if self.problems:
-            problems = dict(self.problems)
+        if problems := self.position.problems:
             _log.warning("%s: not used, by reason, anew in every epoch: %s", title, problems)
 
-    def _batches(self) -> Iterator[ImageTextBatch]:
+    def _batches(self) -> Generator[tuple[ImageTextBatch, Position, list[BadSample]]]:
+        problems = Counter(self.position.problems)
+        num_seen = self.position.num_seen
         images: list[Tensor] = []
         pairs: list[Pair] = []
-        for epoch in itertools.count():
-            is_empty = True
-            for index, pair in enumerate(self._epoch(epoch)):
-                image = self._decode(pair)
-                if image is None:
-                    continue
-                is_empty = False
-                rng = np.random.default_rng([self.seed, epoch, index])
-                may_flip = not has_left_or_right(pair.text)
-                images.append(self.transform(image, rng, may_flip=may_flip))
-                pairs.append(pair)
-                if len(pairs) == self.batch_size:
-                    self.num_batches += 1
-                    yield collate(
-                        images,
-                        [p.key for p in pairs],
-                        [self.prefix + p.text for p in pairs],
-                        self.tokenizer,
-                        self.max_tokens,
-                    )
-                    images, pairs = [], []
-            if is_empty:
-                problems = dict(self.problems) or "no image has a caption"
-                raise ValueError(
-                    f"no usable image-text pair in {list(map(str, self.paths))}: {problems}"
+        bad: list[BadSample] = []
+        without_pair: set[int] = set()
+        with ThreadPoolExecutor(self.num_workers) as pool:
+            for loaded in prefetch(self._blocks(), 1):
+                bad += loaded.bad
+                num_seen += len(loaded.bad)
+                problems.update(sample.reason for sample in loaded.bad)
+                if not loaded.block.place:
+                    without_pair |= {unit for unit, _, _ in loaded.block.ranges}
+                rest = itertools.islice(loaded.pairs, loaded.block.place, None)
+                jobs = map_in_order(
+                    self._load_image, rest, pool, JOBS_PER_WORKER * self.num_workers
                 )
+                for place, (pair, image) in enumerate(jobs, start=loaded.block.place + 1):
+                    num_seen += 1
+                    if isinstance(image, BadSample):
+                        bad.append(image)
+                        problems[image.reason] += 1
+                        continue
+                    without_pair.clear()
+                    images.append(image)
+                    pairs.append(pair)
+                    if len(pairs) < self.batch_size:
+                        continue
+                    blocks = (replace(loaded.block, place=place), *loaded.behind.blocks)
+                    behind = replace(
+                        loaded.behind, blocks=blocks, num_seen=num_seen, problems=dict(problems)
+                    )
+                    yield self._collate(images, pairs), behind, bad
+                    images, pairs, bad = [], [], []
+                self._check(problems, num_seen, is_empty=len(without_pair) >= self._num_units)
 
-    def _epoch(self, epoch: int) -> Iterator[Pair]:
-        """Yield every pair once, shuffled."""
-        rng = np.random.default_rng([self.seed, epoch])
-        shards = [shard for path in self.paths for shard in list_shards(path)]
-        buffer: list[Pair] = []
-        for shard in rng.permutation(len(shards)):
-            for pair in self._read(shards[int(shard)]):
-                if len(buffer) < self.buffer_size:
-                    buffer.append(pair)
-                    continue
-                place = int(rng.integers(self.buffer_size))
-                buffer[place], pair = pair, buffer[place]
-                yield pair
-        for place in rng.permutation(len(buffer)):
-            yield buffer[int(place)]
+    def _check(self, problems: Counter[str], num_seen: int, *, is_empty: bool) -> None:
+        where = ", ".join(map(str, self.paths))
+        if is_empty:
+            raise ValueError(
+                f"no usable image-text pair in {where}: "
+                f"{dict(problems) or 'no image has a caption'}"
+            )
+        if num_seen >= MIN_SEEN and problems.total() > self.max_bad_fraction * num_seen:
+            raise ValueError(
+                f"{problems.total()} of {num_seen} samples of {where} cannot be used, more than "
+                f"max_bad_fraction {self.max_bad_fraction} allows: {dict(problems)}"
+            )
 
-    def _read(self, shard: Path) -> Iterator[Pair]:
-        for sample in read_samples(shard, on_bad=self._on_bad):
-            for caption in sample.captions:
+    def _collate(self, images: list[Tensor], pairs: list[Pair]) -> ImageTextBatch:
+        return collate(
+            images,
+            [pair.key for pair in pairs],
+            [self.prefix + pair.text for pair in pairs],
+            self.tokenizer,
+            self.max_tokens,
+        )
+
+    def _load_image(self, pair: Pair) -> tuple[Pair, Tensor | BadSample]:
+        try:
+            image = decode_image(pair.image_bytes)
+        except ImageDecodeError as error:
+            return pair, BadSample(pair.key, error.reason)
+        rng = np.random.default_rng([self.seed, *pair.origin])
+        return pair, self.transform(image, rng, may_flip=not has_left_or_right(pair.text))
+
+    def _blocks(self) -> Generator[_Loaded]:
+        position = self.position
+        self._readers.clear()
+        for index, block in enumerate(position.blocks):
+            entries = [
+                entry for unit, first, num in block.ranges for entry in self._read(unit, first, num)
+            ]
+            pairs, _ = self._shuffled(block, entries)
+            yield _Loaded(block, pairs, [], replace(position, blocks=position.blocks[index + 1 :]))
+        position = replace(position, blocks=())
+        while True:
+            block, entries, position = self._fill(position)
+            pairs, bad = self._shuffled(block, entries)
+            yield _Loaded(block, pairs, bad, position)
+
+    def _fill(self, position: Position) -> tuple[Block, list[_Entry], Position]:
+        """Read the next block, of one epoch, in turns from the units that are open."""
+        waiting, next_unit = deque(position.units), position.next_unit
+        epoch = (waiting[0][0] if waiting else next_unit) // self._num_units
+        first_of: dict[int, int] = {}
+        read: dict[int, list[_Entry]] = {}
+        num_samples = num_bytes = 0
+        opened: list[int] = []
+        while num_samples < self.block_size and num_bytes < self.block_bytes:
+            while len(opened) < OPEN_UNITS:
+                if waiting:
+                    unit, first = waiting[0]
+                else:
+                    unit, first = next_unit, 0
+                if unit // self._num_units != epoch:
+                    break
+                if waiting:
+                    waiting.popleft()
+                else:
+                    next_unit += position.num_ranks
+                opened.append(unit)
+                first_of[unit], read[unit] = first, []
+            if not opened:
+                break
+            for unit in list(opened):
+                found = self._read(unit, first_of[unit] + len(read[unit]), 1)
+                if not found:
+                    opened.remove(unit)
+                read[unit] += found
+                num_samples += len(found)
+                num_bytes += sum(entry.num_bytes for entry in found)
+        ranges = tuple((unit, first_of[unit], len(read[unit])) for unit in read)
+        units = tuple((unit, first_of[unit] + len(read[unit])) for unit in opened)
+        behind = replace(position, units=(*units, *waiting), next_unit=next_unit)
+        return Block(ranges), [entry for several in read.values() for entry in several], behind
+
+    def _read(self, unit: int, first: int, num: int) -> list[_Entry]:
+        """Read samples of a unit, fewer where it ends; what follows them stays at hand."""
+        reader = self._readers.pop((unit, first), None)
+        if reader is None:
+            epoch, place = divmod(unit, self._num_units)
+            shard, part = divmod(_order(self.seed, epoch, self._num_units)[place], self._num_parts)
+            start = part + first * self._num_parts
+            reader = read_entries(self._shards[shard], start=start, step=self._num_parts)
+        entries = [
+            _Entry(unit, first + index, content)
+            for index, content in enumerate(itertools.islice(reader, num))
+        ]
+        if len(entries) == num:
+            self._readers[unit, first + num] = reader
+        return entries
+
+    def _shuffled(self, block: Block, entries: list[_Entry]) -> tuple[list[Pair], list[BadSample]]:
+        pairs: list[Pair] = []
+        bad: list[BadSample] = []
+        for entry in entries:
+            if isinstance(entry.content, BadSample):
+                bad.append(entry.content)
+                continue
+            sample = entry.content
+            for number, caption in enumerate(sample.captions):
                 text = clean_caption(caption.text, self.max_words)
                 if caption.drop_reason is None and text:
-                    yield Pair(sample.key, sample.image_bytes, text)
-
-    def _decode(self, pair: Pair) -> Image.Image | None:
-        try:
-            return decode_image(pair.image_bytes)
-        except ImageDecodeError as error:
-            self.problems[error.reason] += 1
-            return None
-
-    def _on_bad(self, key: str, reason: str) -> None:
-        self.problems[reason] += 1
+                    origin = (entry.unit, entry.place, number)
+                    pairs.append(Pair(sample.key, sample.image_bytes, text, origin))
+        if not block.ranges:
+            return pairs, bad
+        rng = np.random.default_rng([self.seed, *block.ranges[0][:2]])
+        return [pairs[place] for place in rng.permutation(len(pairs))], bad
 
 
-def _prefetch(make: Callable[[], Iterator[ImageTextBatch]], size: int) -> Iterator[ImageTextBatch]:
-    """Run the iterator in a thread, `size` items ahead; its errors are raised here.
-
-    Decoding leaves Python's lock, so it runs beside the training step.
-    """
-    ready: queue.Queue[ImageTextBatch | BaseException] = queue.Queue(size)
-    is_closed = threading.Event()
-
-    def put(item: ImageTextBatch | BaseException) -> bool:
-        while not is_closed.is_set():
-            try:
-                ready.put(item, timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
-
-    def produce() -> None:
-        try:
-            for item in make():
-                if not put(item):
-                    return
-        except BaseException as error:  # handed over whole, and raised by the consumer
-            put(error)
-
-    thread = threading.Thread(target=produce, daemon=True)
-    thread.start()
-    try:
-        while True:
-            item = ready.get()
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-    finally:
-        is_closed.set()
-        thread.join()
+@lru_cache(maxsize=4)
+def _order(seed: int, epoch: int, num_units: int) -> list[int]:
+    order: list[int] = np.random.default_rng([seed, epoch]).permutation(num_units).tolist()
+    return order

@@ -51,9 +51,9 @@ def train_on_pairs(
     prefix  put before every text
     """
     stream = PairStream(
-        paths=data,
-        tokenizer=tokenizer,
-        transform=TrainTransform(
+        data,
+        tokenizer,
+        TrainTransform(
             image_size_px,
             recipe.min_crop_scale,
             recipe.randaugment_ops,

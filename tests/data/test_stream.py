@@ -1,8 +1,12 @@
+import base64
 import io
 import itertools
+import json
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +16,7 @@ from PIL import Image
 from openblip.data.batches import ImageTextBatch, stable_id
 from openblip.data.samples import Caption, Sample
 from openblip.data.sinks import ShardWriter
-from openblip.data.stream import PairStream
+from openblip.data.stream import PairStream, Position, deal_anew, start_positions
 from openblip.images import TrainTransform
 from openblip.tokenizer import Tokenizer
 
@@ -43,11 +47,10 @@ def samples(words: Sequence[str]) -> list[Sample]:
     ]
 
 
-def stream(folder: Path, batch_size: int = 2, **options: object) -> PairStream:
-    values = {"seed": 0, "max_tokens": 12, "transform": TrainTransform(16, 0.5, num_ops=0)}
-    return PairStream(
-        paths=[folder], tokenizer=TOKENIZER, batch_size=batch_size, **(values | options)
-    )
+def stream(folder: Path, batch_size: int = 2, **options: Any) -> PairStream:
+    values = {"seed": 0, "max_tokens": 12, "batch_size": batch_size} | options
+    transform = values.pop("transform", TrainTransform(16, 0.5, num_ops=0))
+    return PairStream([folder], TOKENIZER, transform, **values)
 
 
 def take(pairs: PairStream, num: int) -> list[ImageTextBatch]:
@@ -68,12 +71,13 @@ def test_the_same_seed_gives_the_same_batches(tmp_path: Path) -> None:
     assert texts(first) != texts(other)
 
 
-@pytest.mark.parametrize("buffer_size", [2, 5, 20_000])
+@pytest.mark.parametrize("block_size", [1, 3, 8192])
+@pytest.mark.parametrize("num_shards", [1, 2, 8])
 def test_an_epoch_has_every_pair_once_and_the_next_another_order(
-    tmp_path: Path, buffer_size: int
+    tmp_path: Path, block_size: int, num_shards: int
 ) -> None:
-    folder = write(tmp_path, samples(WORDS[:3]), samples(WORDS[3:]))
-    read = texts(take(stream(folder, buffer_size=buffer_size), 12))
+    folder = write(tmp_path, *(samples(WORDS[i::num_shards]) for i in range(num_shards)))
+    read = texts(take(stream(folder, block_size=block_size), 12))
     epochs = [read[i : i + len(WORDS)] for i in range(0, 24, len(WORDS))]
     assert [sorted(epoch) for epoch in epochs] == [WORDS] * 3
     assert len({tuple(epoch) for epoch in epochs}) > 1
@@ -98,13 +102,24 @@ def test_what_cannot_be_used_is_counted_and_left_out(tmp_path: Path) -> None:
     bad = [Sample("b1", b"no image", (Caption("elk"),)), Sample("b2", b"", (Caption("fox"),))]
     folder = write(tmp_path, [*good, *bad])
     pairs = stream(folder, batch_size=3)
-    assert sorted(texts(take(pairs, 1))) == WORDS[:3]
-    one_epoch = stream(folder, batch_size=3)
-    batches = one_epoch._batches()
-    for _ in range(2):
-        next(batches)
-    assert one_epoch.problems.keys() == {"not_an_image", "empty"}
-    assert all(1 <= count <= 2 for count in one_epoch.problems.values())
+    for _ in range(3):
+        read = texts(take(pairs, 1))
+        assert sorted(read) == WORDS[:3]
+    # The bad ones of an epoch may stand behind its last good one, and count in the next batch.
+    assert pairs.position.problems.keys() == {"not_an_image", "empty"}
+    assert all(2 <= count <= 3 for count in pairs.position.problems.values())
+
+
+@pytest.mark.parametrize("reason", ["missing_image", "not_an_image"])
+def test_too_many_bad_samples_stop_the_stream(tmp_path: Path, reason: str) -> None:
+    lines = [{"image_base64": base64.b64encode(jpeg()).decode(), "caption": "ant"}] * 700
+    bad = {"caption": "bee"} | ({} if reason == "missing_image" else {"image_base64": "AAAA"})
+    path = tmp_path / "data.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in [*lines, *[bad] * 350]))
+    take(stream(path, max_bad_fraction=0.5), 600)
+    message = rf"of {path} cannot be used, more than max_bad_fraction 0.2 allows: .*{reason}"
+    with pytest.raises(ValueError, match=message):
+        take(stream(path, max_bad_fraction=0.2), 600)
 
 
 def test_data_without_a_usable_pair_are_refused(tmp_path: Path) -> None:
@@ -170,3 +185,98 @@ def test_an_image_is_augmented_anew_each_epoch(tmp_path: Path) -> None:
     )
     first, second = take(stream(folder, batch_size=1), 2)
     assert not torch.equal(first.images, second.images)
+
+
+def many(tmp_path: Path, num: int, *, num_shards: int = 3) -> Path:
+    """Write samples of one or two captions, some of which cannot be used."""
+    every = [
+        Sample(f"k{i}", b"no image" if i % 7 == 3 else jpeg(i), tuple(map(Caption, caps)))
+        for i in range(num)
+        for caps in [(f"{WORDS[i % 8]} {WORDS[i // 8]}", "ant")[: 1 + i % 2]]
+    ]
+    return write(tmp_path, *(every[i::num_shards] for i in range(num_shards)))
+
+
+def same(first: ImageTextBatch, second: ImageTextBatch) -> bool:
+    return (
+        torch.equal(first.images, second.images)
+        and torch.equal(first.token_ids, second.token_ids)
+        and torch.equal(first.image_ids, second.image_ids)
+    )
+
+
+@pytest.mark.parametrize("block_size", [5, 8192])
+@pytest.mark.parametrize("num_workers", [1, 3])
+def test_a_stream_goes_on_where_it_stood_to_the_bit(
+    tmp_path: Path, block_size: int, num_workers: int
+) -> None:
+    folder = many(tmp_path, 40)
+    whole = stream(folder, 3, block_size=block_size)
+    batches, positions = [], []
+    for batch in itertools.islice(iter(whole), 50):
+        batches.append(batch)
+        positions.append(whole.position)
+    for start in (0, 1, 7, 12, 13, 30):
+        position = Position.from_json(json.loads(json.dumps(positions[start].to_json())))
+        rest = stream(folder, 3, block_size=block_size, num_workers=num_workers, position=position)
+        for place, batch in enumerate(itertools.islice(iter(rest), 8), start=start + 1):
+            assert same(batch, batches[place])
+            assert rest.position == positions[place]
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 3), (3, 1), (2, 5), (4, 3), (3, 3)])
+@pytest.mark.parametrize("num_shards", [1, 20])
+def test_another_number_of_ranks_reads_every_pair_of_the_epochs_once(
+    tmp_path: Path, before: int, after: int, num_shards: int
+) -> None:
+    words = [f"{a} {b}" for a in WORDS for b in WORDS]
+    every = [Sample(text, jpeg(), (Caption(text),)) for text in words]
+    folder = write(tmp_path, *(every[i::num_shards] for i in range(num_shards)))
+    units = 16 if num_shards == 1 else 20
+    read: Counter[str] = Counter()
+
+    def run(position: Position, num_batches: int) -> Position:
+        """Take some batches, and go on until nothing of the first two epochs is left."""
+        part = stream(folder, 1, block_size=7, position=position)
+        for number, batch in enumerate(part, start=1):
+            read.update(texts([batch]))
+            [block, *others] = part.position.blocks
+            is_beyond = block.ranges[0][0] >= 2 * units and not others
+            if number == num_batches or (not num_batches and is_beyond):
+                return part.position
+        raise AssertionError
+
+    positions = [run(position, 5 + rank) for rank, position in enumerate(start_positions(before))]
+    positions = [run(position, 4) for position in deal_anew(positions, after)]
+    for position in positions:
+        run(position, 0)
+    assert set(read) == set(words)
+    # Of the third epoch each rank has read as little as one pair, at most, for the one condition.
+    assert min(read.values()) == 2
+    assert sum(read.values()) <= 2 * len(words) + after
+
+
+def test_ranks_share_an_epoch(tmp_path: Path) -> None:
+    words = [f"{a} {b}" for a in WORDS for b in WORDS]
+    folder = write(tmp_path, [Sample(text, jpeg(), (Caption(text),)) for text in words])
+    read = [
+        text
+        for position in start_positions(4)
+        for text in texts(take(stream(folder, 1, position=position), 16))
+    ]
+    assert sorted(read) == sorted(words)
+
+
+def test_the_same_number_of_ranks_changes_nothing() -> None:
+    positions = [replace(position, num_seen=3) for position in start_positions(2)]
+    assert deal_anew(positions, 2) == positions
+
+
+def test_problems_are_counted_on(tmp_path: Path) -> None:
+    positions = [
+        replace(position, num_seen=10 + rank, problems={"empty": 1 + rank})
+        for rank, position in enumerate(start_positions(2))
+    ]
+    first, *others = deal_anew(positions, 3)
+    assert (first.num_seen, first.problems) == (21, {"empty": 3})
+    assert all((p.num_seen, p.problems) == (0, {}) for p in others)
