@@ -21,6 +21,7 @@ from openblip.models.blip import Blip, BlipConfig
 from openblip.models.text import Role
 from openblip.models.vision import resize_position_embedding
 from openblip.tokenizer import Tokenizer
+from openblip.training.state import TrainingFiles
 
 FILES = ("config.json", "model.safetensors", "tokenizer.json", "README.md")
 
@@ -164,29 +165,26 @@ def initialise_from(
     return Initialised(resized, left_out, (_POSITIONS,))
 
 
-def log_path_of(folder: Path) -> Path:
-    """Return where a run that will save `folder` logs its losses, and make the place for it."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    return folder.with_name(f"{folder.name}.log.jsonl")
-
-
 def save_run(
     folder: Path, blip: Blip, tokenizer: Tokenizer, recipe: Recipe, what: str, notes: Sequence[str]
 ) -> dict[str, Any]:
     """Save what a run trained, the recipe in its card, and return what came out in plain values.
 
+    What the training went on from is removed.
+
     what    the training, in a word or two
     notes   what else a user of the model must know, in sentences
     """
     roles = sorted(blip.config.text.roles)
+    files = TrainingFiles.beside(folder)
     result: dict[str, Any] = {
         "folder": str(folder),
-        "log": str(log_path_of(folder)),
+        "log": str(files.log),
         "model_id": model_id(blip),
         "num_parameters": sum(parameter.numel() for parameter in blip.parameters()),
         "roles": roles,
         "notes": list(notes),
-        "last_step": json.loads(log_path_of(folder).read_text("utf-8").splitlines()[-1]),
+        "last_step": json.loads(files.log.read_text("utf-8").splitlines()[-1]),
     }
     lines = "".join(f"- {note}.\n" for note in notes)
     card = f"""---
@@ -213,6 +211,7 @@ Losses at the last logged step: {result["last_step"]}.
 What it knows is what its data say: see the recipe's `data`. It has been evaluated on nothing yet.
 """
     save_checkpoint(folder, blip, tokenizer, card)
+    files.remove_state()
     return result
 
 

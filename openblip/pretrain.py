@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from pydantic import Field
 
-from openblip.checkpoint import check_is_free, load_tokenizer, log_path_of, save_run
+from openblip.checkpoint import check_is_free, load_tokenizer, save_run
 from openblip.config import Recipe
 from openblip.data.batches import ImageTextBatch
 from openblip.data.sources import kept_captions, list_shards
@@ -20,6 +20,7 @@ from openblip.training.alignment import Alignment, AlignmentConfig
 from openblip.training.loop import StepOutput, TrainingStep
 from openblip.training.optim import OptimizerRecipe
 from openblip.training.pairs import PairRecipe, train_on_pairs
+from openblip.training.state import TrainingFiles
 
 
 class ModelRecipe(Recipe):
@@ -160,13 +161,12 @@ def pretrain(
     data: Sequence[Path],
     tokenizer: Tokenizer,
     *,
-    log_path: Path,
+    files: TrainingFiles,
     title: str = "pre-training",
 ) -> Blip:
     """Train a new model on the kept captions of `data` and return it.
 
     data       tar shards, folders of them, image folders or JSONL files
-    log_path   JSONL file of losses
     """
     torch.manual_seed(recipe.seed)
     blip = Blip(recipe.model.build_config(tokenizer))
@@ -176,7 +176,7 @@ def pretrain(
         data,
         tokenizer,
         image_size_px=recipe.model.image_size_px,
-        log_path=log_path,
+        files=files,
         title=title,
     )
     return blip
@@ -196,5 +196,5 @@ def run_pretraining(run: PretrainRun, out: Path) -> dict[str, Any]:
     else:
         tokenizer = load_tokenizer(run.vocabulary)
         note = f"the vocabulary of {tokenizer.vocab_size} words is that of {run.vocabulary}"
-    blip = pretrain(run, data, tokenizer, log_path=log_path_of(out))
+    blip = pretrain(run, data, tokenizer, files=TrainingFiles.beside(out))
     return save_run(out, blip, tokenizer, run, "pre-training", [note])

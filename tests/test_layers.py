@@ -29,7 +29,7 @@ PROCESSES_AND_CLOCK = {
 }  # fmt: skip
 TORCH_DISTRIBUTED_OWNERS = {
     "torch.distributed": {"training.distributed"},
-    "torch.distributed.checkpoint": {"training.distributed", "checkpoint"},
+    "torch.distributed.checkpoint": {"training.state"},
 }
 ORACLES = {"transformers", "pycocoevalcap", "webdataset"}
 
@@ -169,7 +169,7 @@ KNOWN = {"models", "models.text", "models.blip", "training", "training.loop", "p
         ("cli", "from importlib import import_module", "by string"),
         ("training.loop", "from torch import distributed", "training.distributed may"),
         ("training.loop", "import torch\ntorch.distributed.barrier()", "training.distributed may"),
-        ("hub", "import torch.distributed.checkpoint", "checkpoint or training.distributed may"),
+        ("hub", "import torch.distributed.checkpoint", "training.state may"),
         ("losses", "from openblip import Blip", "package's surface"),
         ("novelty", "", "has no layer"),
     ],
@@ -190,7 +190,7 @@ def test_a_planted_violation_is_found(module, source, expected):
         ("quickstart", "from openblip.pretrain import pretrain"),
         ("cli", "import time\nfrom openblip.quickstart import run"),
         ("training.distributed", "import torch.distributed as dist"),
-        ("checkpoint", "import torch.distributed.checkpoint as dcp"),
+        ("training.state", "import torch.distributed.checkpoint as dcp"),
         ("config", "import json\nimport yaml\nfrom pydantic import BaseModel"),
     ],
 )

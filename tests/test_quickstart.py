@@ -13,6 +13,7 @@ from openblip.evaluation.retrieval import evaluate_retrieval
 from openblip.pretrain import pretrain
 from openblip.quickstart import quickstart, quickstart_recipe
 from openblip.tokenizer import Tokenizer
+from openblip.training.state import TrainingFiles
 
 
 def samples(folder: Path) -> list:
@@ -62,8 +63,8 @@ def test_captions_of_other_images_teach_nothing(tmp_path: Path) -> None:
             writer.write(replace(sample, captions=other.captions))
     tokenizer = Tokenizer.train((c.text for s in human for c in s.captions), vocab_size=200)
     recipe = quickstart_recipe(0).pretrain.model_copy(update={"num_steps": 300})
-    log_path = tmp_path / "log.jsonl"
-    blip = pretrain(recipe, [tmp_path / "shuffled.tar"], tokenizer, log_path=log_path).eval()
+    files = TrainingFiles.beside(tmp_path / "model")
+    blip = pretrain(recipe, [tmp_path / "shuffled.tar"], tokenizer, files=files).eval()
     recalls = evaluate_retrieval(blip, tokenizer, test, shortlist=100).reranked
     # By chance one of ten.
     assert recalls.ir_at_10 < 20

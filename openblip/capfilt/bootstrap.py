@@ -48,6 +48,7 @@ from openblip.generation import Decoding
 from openblip.models.blip import Blip
 from openblip.pretrain import PretrainRecipe, pretrain
 from openblip.tokenizer import Tokenizer
+from openblip.training.state import TrainingFiles
 
 MODELS = ("base", "filter_only", "captioner_only", "bootstrapped")
 """The pre-trained models, in the order of BLIP's table 1."""
@@ -171,14 +172,18 @@ class _Loop:
         if not folder.exists():
             with self._timed(name):
                 save_checkpoint(folder, train(), self.tokenizer, _card(name, self.recipe))
+        self._files(name).remove_state()
         return load_checkpoint(folder)[0]
+
+    def _files(self, name: str) -> TrainingFiles:
+        return TrainingFiles(self.out / "logs" / f"{name}.jsonl", self.out / f"{name}.state")
 
     def _pretrain(self, name: str, web: Path) -> Blip:
         return pretrain(
             self.recipe.pretrain,
             [web, self.data.human],
             self.tokenizer,
-            log_path=self.out / "logs" / f"{name}.jsonl",
+            files=self._files(name),
             title=f"pre-training {name}",
         )
 
@@ -188,7 +193,7 @@ class _Loop:
             with_roles(base, frozenset({"decode"})),
             [self.data.human],
             self.tokenizer,
-            log_path=self.out / "logs" / "captioner.jsonl",
+            files=self._files("captioner"),
             title="fine-tuning captioner",
         )
 
@@ -198,7 +203,7 @@ class _Loop:
             with_roles(base, frozenset({"text", "pair"})),
             [self.data.human],
             self.tokenizer,
-            log_path=self.out / "logs" / "filter.jsonl",
+            files=self._files("filter"),
             title="fine-tuning filter",
             negatives=[self.data.web] if self.recipe.has_web_negatives else [],
         )

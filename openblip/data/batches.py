@@ -17,6 +17,7 @@ class ImageTextBatch:
     images                (B, 3, S, S) normalised
     token_ids, text_mask  (B, L), [CLS] first, 1 = real token
     image_ids, text_ids   (B,) equal where the image, or the text, is the same
+    keys                  of the samples, to name them in an error
     """
 
     images: Tensor
@@ -24,6 +25,7 @@ class ImageTextBatch:
     text_mask: Tensor
     image_ids: Tensor
     text_ids: Tensor
+    keys: tuple[str, ...] = ()
 
     def to(self, device: torch.device) -> "ImageTextBatch":
         return ImageTextBatch(
@@ -32,6 +34,7 @@ class ImageTextBatch:
             self.text_mask.to(device),
             self.image_ids.to(device),
             self.text_ids.to(device),
+            self.keys,
         )
 
 
@@ -56,4 +59,5 @@ def collate(
         text_mask=tokens.text_mask,
         image_ids=torch.tensor([stable_id(key) for key in keys]),
         text_ids=torch.tensor([stable_id(text) for text in texts]),
+        keys=tuple(keys),
     )

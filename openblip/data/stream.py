@@ -220,7 +220,7 @@ class PairStream:
         self._num_units = self._num_parts * len(self._shards)
         self._readers: dict[tuple[int, int], Iterator[Sample | BadSample]] = {}
 
-    def __iter__(self) -> Iterator[ImageTextBatch]:
+    def __iter__(self) -> Generator[ImageTextBatch]:
         for batch, position, bad in prefetch(self._batches(), PREFETCHED_BATCHES):
             self.position = position
             for sample in bad:

@@ -8,7 +8,6 @@ import torch
 from pydantic import Field
 
 from openblip.captions import DEFAULT_PROMPT
-from openblip.checkpoint import log_path_of
 from openblip.data.batches import ImageTextBatch
 from openblip.losses import lm_loss
 from openblip.models.blip import Blip
@@ -16,6 +15,7 @@ from openblip.tokenizer import Tokenizer
 from openblip.training.finetuning import FinetuningRun, run_finetuning
 from openblip.training.loop import StepOutput, TrainingStep
 from openblip.training.pairs import PairRecipe, train_on_pairs
+from openblip.training.state import TrainingFiles
 
 
 class CaptioningRecipe(PairRecipe):
@@ -59,7 +59,7 @@ def finetune_captioning(
     data: Sequence[Path],
     tokenizer: Tokenizer,
     *,
-    log_path: Path,
+    files: TrainingFiles,
     title: str = "captioner",
 ) -> Blip:
     """Train a model with the role `decode` in place and return it."""
@@ -72,7 +72,7 @@ def finetune_captioning(
         data,
         tokenizer,
         image_size_px=blip.config.vision.image_size_px,
-        log_path=log_path,
+        files=files,
         title=title,
         prefix=recipe.prompt,
     )
@@ -88,7 +88,7 @@ def run_captioning(run: CaptioningRun, out: Path) -> dict[str, Any]:
 
     def train(blip: Blip, data: list[Path], tokenizer: Tokenizer) -> Blip:
         return finetune_captioning(
-            run, blip, data, tokenizer, log_path=log_path_of(out), title=title
+            run, blip, data, tokenizer, files=TrainingFiles.beside(out), title=title
         )
 
     return run_finetuning(run, out, roles=frozenset({"decode"}), title=title, train=train)

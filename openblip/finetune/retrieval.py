@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from openblip.checkpoint import log_path_of
 from openblip.data.batches import ImageTextBatch
 from openblip.data.sources import kept_captions, list_shards
 from openblip.models.blip import Blip
@@ -17,6 +16,7 @@ from openblip.training.alignment import Alignment, AlignmentConfig, WrongTexts
 from openblip.training.finetuning import FinetuningRun, run_finetuning
 from openblip.training.loop import StepOutput, TrainingStep
 from openblip.training.pairs import PairRecipe, train_on_pairs
+from openblip.training.state import TrainingFiles
 
 MAX_NEGATIVE_TEXTS = 100_000
 
@@ -138,7 +138,7 @@ def finetune_retrieval(
     data: Sequence[Path],
     tokenizer: Tokenizer,
     *,
-    log_path: Path,
+    files: TrainingFiles,
     title: str = "filter",
     negatives: Sequence[Path] = (),
 ) -> Blip:
@@ -154,7 +154,7 @@ def finetune_retrieval(
         data,
         tokenizer,
         image_size_px=blip.config.vision.image_size_px,
-        log_path=log_path,
+        files=files,
         title=title,
     )
     return blip
@@ -176,7 +176,7 @@ def run_retrieval(run: RetrievalRun, out: Path) -> dict[str, Any]:
             blip,
             data,
             tokenizer,
-            log_path=log_path_of(out),
+            files=TrainingFiles.beside(out),
             title=title,
             negatives=negatives,
         )

@@ -18,11 +18,12 @@ class ProgressLine:
     """Progress of `total` units on stderr: a rich bar on a terminal, plain lines elsewhere.
 
     total   None where it is not known
+    done    of them by an earlier run, which the rate leaves out
     """
 
-    def __init__(self, title: str, total: int | None, unit: str = "steps") -> None:
+    def __init__(self, title: str, total: int | None, unit: str = "steps", done: int = 0) -> None:
         self.title, self.total, self.unit = title, total, unit
-        self.done = 0
+        self.done = self._done_before = done
         self._start = self._last = time.monotonic()
         self._bar: Progress | None = None
 
@@ -39,7 +40,9 @@ class ProgressLine:
                 # Answers on stdout are the command's, not the bar's to redraw.
                 redirect_stdout=False,
             )
-            self._task = self._bar.add_task(self.title, total=self.total, rate="", note="")
+            self._task = self._bar.add_task(
+                self.title, total=self.total, completed=self.done, rate="", note=""
+            )
             self._bar.start()
         return self
 
@@ -65,31 +68,41 @@ class ProgressLine:
             self._last = time.monotonic()
 
     def _rate(self) -> float:
-        return self.done / max(1e-9, time.monotonic() - self._start)
+        return (self.done - self._done_before) / max(1e-9, time.monotonic() - self._start)
 
     def _print(self, note: str) -> None:
         rate = self._rate()
         if self.total is None:
             line = f"{self.title}: {self.done} {self.unit}, {rate:.1f}/s {note}"
         else:
-            left = f", {(self.total - self.done) / rate:.0f} s left" if self.done else ""
+            left = f", {(self.total - self.done) / rate:.0f} s left" if rate else ""
             line = f"{self.title}: {self.done}/{self.total} {self.unit}, {rate:.1f}/s{left} {note}"
         print(line.rstrip(), file=sys.stderr, flush=True)
 
 
 class MeasureFile:
-    """A JSONL file with one object per logged step; starts anew each time it is opened."""
+    """A JSONL file with one object per logged step.
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    num_kept_bytes  of what an earlier run wrote; the rest is cut off
+    """
+
+    def __init__(self, path: Path, num_kept_bytes: int = 0) -> None:
+        self._path, self._num_kept_bytes = path, num_kept_bytes
 
     def __enter__(self) -> "MeasureFile":
-        self._file: IO[str] = self._path.open("w", encoding="utf-8")
+        self._file: IO[bytes] = self._path.open("r+b" if self._num_kept_bytes else "wb")
+        self._file.truncate(self._num_kept_bytes)
+        self._file.seek(self._num_kept_bytes)
         return self
 
     def __exit__(self, *_: object) -> None:
         self._file.close()
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes written so far, by earlier runs too."""
+        return self._file.tell()
+
     def write(self, measures: Mapping[str, float]) -> None:
-        self._file.write(json.dumps(measures) + "\n")
+        self._file.write(json.dumps(measures).encode() + b"\n")
         self._file.flush()

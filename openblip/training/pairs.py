@@ -11,6 +11,10 @@ from openblip.images import TrainTransform
 from openblip.tokenizer import Tokenizer
 from openblip.training.loop import Precision, TrainingStep, fit
 from openblip.training.optim import OptimizerRecipe
+from openblip.training.state import SavingRecipe, TrainingFiles, TrainingState
+
+MAY_CHANGE = ("num_workers", "max_bad_fraction", "saving")
+"""Settings that change no number, so that a training may go on with others."""
 
 
 class PairRecipe(Recipe):
@@ -19,11 +23,17 @@ class PairRecipe(Recipe):
     The defaults are the released code's for fine-tuning.
     max_tokens, max_words  where a text is cut, with [CLS] and [SEP] and without
     min_crop_scale         smallest share of an image that a random crop keeps
+    accumulation_steps     batches whose gradients are averaged for one optimizer step; in-batch
+                           negatives stay those of the batch
+    num_workers            threads that decode and augment
+    max_bad_fraction       share of the samples that may be unusable; more stops the run
+    saving                 when the state of the training is saved
     """
 
     optimizer: OptimizerRecipe = OptimizerRecipe(lr=1e-5, min_lr=0.0)
     num_steps: int = Field(10_000, ge=1)
     batch_size: int = Field(256, ge=1)
+    accumulation_steps: int = Field(1, ge=1)
     max_tokens: int = Field(40, ge=3)
     max_words: int = Field(30, ge=1)
     min_crop_scale: float = Field(0.5, gt=0, le=1)
@@ -32,6 +42,9 @@ class PairRecipe(Recipe):
     flip: bool = True
     precision: Precision = "float32"
     seed: int = 42
+    num_workers: int = Field(2, ge=1)
+    max_bad_fraction: float = Field(0.5, ge=0, le=1)
+    saving: SavingRecipe = SavingRecipe()
 
 
 def train_on_pairs(
@@ -41,14 +54,15 @@ def train_on_pairs(
     tokenizer: Tokenizer,
     *,
     image_size_px: int,
-    log_path: Path,
+    files: TrainingFiles,
     title: str,
     prefix: str = "",
 ) -> None:
-    """Train the step's model in place on all kept captions of `data`.
+    """Train the step's model in place on all kept captions of `data`, or go on with that.
 
     data    tar shards, folders of them, image folders or JSONL files
     prefix  put before every text
+    Raises ValueError if `files` hold the state of another training.
     """
     stream = PairStream(
         data,
@@ -65,14 +79,20 @@ def train_on_pairs(
         max_words=recipe.max_words,
         seed=recipe.seed,
         prefix=prefix,
+        num_workers=recipe.num_workers,
+        max_bad_fraction=recipe.max_bad_fraction,
     )
+    unchanged = {name: PairRecipe.model_fields[name].default for name in MAY_CHANGE}
+    state = TrainingState(files.state, recipe.saving, recipe.model_copy(update=unchanged))
     fit(
         step,
-        iter(stream),
+        stream,
         recipe.optimizer,
         num_steps=recipe.num_steps,
         title=title,
-        log_path=log_path,
+        log_path=files.log,
         precision=recipe.precision,
+        accumulation_steps=recipe.accumulation_steps,
+        state=state,
     )
     stream.warn_of_problems(title)

@@ -1,6 +1,6 @@
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from openblip.data.batches import ImageTextBatch
+from openblip.data.stream import Position
 from openblip.training.loop import LOG_EVERY_STEPS, StepOutput, TrainingStep, fit
 from openblip.training.optim import OptimizerRecipe, learning_rate
 
@@ -35,17 +36,24 @@ class Line(TrainingStep):
         self.calls.append(("after", len(self.calls) // 2, self.weight.grad is not None))
 
 
-def batches() -> Iterator[ImageTextBatch]:
-    ids = torch.zeros(2, dtype=torch.long)
-    for number in itertools.count():
-        images = torch.full((2, 3, 4, 4), 1.0 + number % 2)
-        yield ImageTextBatch(images, ids[:, None], ids[:, None], ids, ids)
+class Batches:
+    """Images of ones and of twos in turn; the position counts them."""
+
+    def __init__(self) -> None:
+        self.position = Position()
+
+    def __iter__(self) -> Generator[ImageTextBatch]:
+        ids = torch.zeros(2, dtype=torch.long)
+        for number in itertools.count(self.position.num_seen):
+            images = torch.full((2, 3, 4, 4), 1.0 + number % 2)
+            self.position = Position(num_seen=number + 1)
+            yield ImageTextBatch(images, ids[:, None], ids[:, None], ids, ids, (f"key{number}",))
 
 
 def run(step: Line, folder: Path, num_steps: int, recipe: Any = RECIPE, **options: Any) -> list:
     path = folder / "log.jsonl"
     fit(
-        step, batches(), recipe, num_steps=num_steps, title="line", log_path=path, **options
+        step, Batches(), recipe, num_steps=num_steps, title="line", log_path=path, **options
     )  # fmt: skip
     return [json.loads(line) for line in path.read_text().splitlines()]
 
@@ -79,7 +87,7 @@ def test_the_log_starts_anew(tmp_path: Path) -> None:
 def test_a_loss_that_is_not_finite_stops_at_the_next_logged_step(tmp_path: Path, bad: int) -> None:
     step = Line(bad)
     noticed = -(-bad // LOG_EVERY_STEPS) * LOG_EVERY_STEPS
-    with pytest.raises(FloatingPointError, match=rf"step {noticed}: .*'loss': nan"):
+    with pytest.raises(FloatingPointError, match=rf"step {bad}: .*'loss': nan.*samples: key{bad}$"):
         run(step, tmp_path, 30)
     assert step.calls[-2][:2] == ("forward", noticed)
     logged = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
@@ -87,7 +95,7 @@ def test_a_loss_that_is_not_finite_stops_at_the_next_logged_step(tmp_path: Path,
 
 
 def test_a_loss_that_is_not_finite_at_the_end_stops_too(tmp_path: Path) -> None:
-    with pytest.raises(FloatingPointError, match="step 14"):
+    with pytest.raises(FloatingPointError, match="step 13"):
         run(Line(13), tmp_path, 15)
 
 
