@@ -7,7 +7,14 @@ import typer
 
 Recipe = Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML file; see recipes/.")]
 Out = Annotated[Path, typer.Option("--out", help="Folder to write.")]
-NewFolder = Annotated[Path, typer.Option("--out", help="Checkpoint folder to write; a new one.")]
+NewFolder = Annotated[
+    Path,
+    typer.Option(
+        "--out",
+        help="Checkpoint folder to write; a new one. A training that was stopped on the way to it "
+        "goes on.",
+    ),
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Option(

@@ -185,16 +185,24 @@ def pretrain(
 def run_pretraining(run: PretrainRun, out: Path) -> dict[str, Any]:
     """Pre-train and save the checkpoint `out`, its losses beside it; return what came out.
 
+    A run that was stopped goes on.
     Raises ValueError if `out` exists, and for data or a vocabulary that cannot be read.
     """
     check_is_free(out)
+    files = TrainingFiles.beside(out)
+    learned = files.state / "tokenizer.json"
     data = [Path(path) for path in run.data]
     shards = [shard for path in data for shard in list_shards(path)]
     if run.vocabulary is None:
-        tokenizer = Tokenizer.train(kept_captions(shards), vocab_size=run.vocab_size)
+        if not (files.state / "recipe.yaml").exists():
+            words = Tokenizer.train(kept_captions(shards), vocab_size=run.vocab_size)
+            files.state.mkdir(exist_ok=True)
+            words.save(learned.with_suffix(".tmp"))
+            learned.with_suffix(".tmp").replace(learned)
+        tokenizer = Tokenizer.load(learned)
         note = f"a vocabulary of {tokenizer.vocab_size} words was learned from the captions"
     else:
         tokenizer = load_tokenizer(run.vocabulary)
         note = f"the vocabulary of {tokenizer.vocab_size} words is that of {run.vocabulary}"
-    blip = pretrain(run, data, tokenizer, files=TrainingFiles.beside(out))
+    blip = pretrain(run, data, tokenizer, files=files)
     return save_run(out, blip, tokenizer, run, "pre-training", [note])

@@ -82,6 +82,7 @@ def finetune_captioning(
 def run_captioning(run: CaptioningRun, out: Path) -> dict[str, Any]:
     """Fine-tune and save the checkpoint `out`, its losses beside it; return what came out.
 
+    A run that was stopped goes on.
     Raises ValueError if `out` exists, and for data or a model that cannot be read or used.
     """
     title = "captioning"

@@ -163,6 +163,7 @@ def finetune_retrieval(
 def run_retrieval(run: RetrievalRun, out: Path) -> dict[str, Any]:
     """Fine-tune and save the checkpoint `out`, its losses beside it; return what came out.
 
+    A run that was stopped goes on.
     Raises ValueError if `out` exists, and for data or a model that cannot be read or used.
     """
     title = "retrieval fine-tuning"
