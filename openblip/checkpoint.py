@@ -21,6 +21,7 @@ from openblip.models.blip import Blip, BlipConfig
 from openblip.models.text import Role
 from openblip.models.vision import resize_position_embedding
 from openblip.tokenizer import Tokenizer
+from openblip.training.distributed import world
 from openblip.training.state import TrainingFiles
 
 FILES = ("config.json", "model.safetensors", "tokenizer.json", "README.md")
@@ -170,11 +171,14 @@ def save_run(
 ) -> dict[str, Any]:
     """Save what a run trained, the recipe in its card, and return what came out in plain values.
 
-    What the training went on from is removed.
+    What the training went on from is removed. Of several ranks the first saves, and returns.
 
     what    the training, in a word or two
     notes   what else a user of the model must know, in sentences
     """
+    if not world().is_first:
+        world().wait()
+        return {}
     roles = sorted(blip.config.text.roles)
     files = TrainingFiles.beside(folder)
     result: dict[str, Any] = {
@@ -212,6 +216,7 @@ What it knows is what its data say: see the recipe's `data`. It has been evaluat
 """
     save_checkpoint(folder, blip, tokenizer, card)
     files.remove_state()
+    world().wait()
     return result
 
 

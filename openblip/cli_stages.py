@@ -81,10 +81,13 @@ def pretrain(
     See recipes/pretrain.yaml.
     """
     from openblip.pretrain import PretrainRun, run_pretraining
+    from openblip.training.distributed import joined
 
     run = load_recipe(PretrainRun, recipe, overrides or ())
-    result = run_pretraining(run, out)
-    answer(result, run_text(result), as_json=as_json)
+    with joined() as ranks:
+        result = run_pretraining(run, out)
+    if ranks.is_first:
+        answer(result, run_text(result), as_json=as_json)
 
 
 @finetune_app.command("captioning")
@@ -96,10 +99,13 @@ def finetune_captioning(
     See recipes/finetune_captioning.yaml.
     """
     from openblip.finetune.captioning import CaptioningRun, run_captioning
+    from openblip.training.distributed import joined
 
     run = load_recipe(CaptioningRun, recipe, overrides or ())
-    result = run_captioning(run, out)
-    answer(result, run_text(result), as_json=as_json)
+    with joined() as ranks:
+        result = run_captioning(run, out)
+    if ranks.is_first:
+        answer(result, run_text(result), as_json=as_json)
 
 
 @finetune_app.command("retrieval")
@@ -111,10 +117,13 @@ def finetune_retrieval(
     CapFilt's filter is one of these. See recipes/finetune_retrieval.yaml.
     """
     from openblip.finetune.retrieval import RetrievalRun, run_retrieval
+    from openblip.training.distributed import joined
 
     run = load_recipe(RetrievalRun, recipe, overrides or ())
-    result = run_retrieval(run, out)
-    answer(result, run_text(result), as_json=as_json)
+    with joined() as ranks:
+        result = run_retrieval(run, out)
+    if ranks.is_first:
+        answer(result, run_text(result), as_json=as_json)
 
 
 @capfilt_app.command("run")

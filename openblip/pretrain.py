@@ -17,6 +17,7 @@ from openblip.models.text import MedConfig
 from openblip.models.vision import VisionConfig
 from openblip.tokenizer import Tokenizer
 from openblip.training.alignment import Alignment, AlignmentConfig
+from openblip.training.distributed import world
 from openblip.training.loop import StepOutput, TrainingStep
 from openblip.training.optim import OptimizerRecipe
 from openblip.training.pairs import PairRecipe, train_on_pairs
@@ -194,11 +195,12 @@ def run_pretraining(run: PretrainRun, out: Path) -> dict[str, Any]:
     data = [Path(path) for path in run.data]
     shards = [shard for path in data for shard in list_shards(path)]
     if run.vocabulary is None:
-        if not (files.state / "recipe.yaml").exists():
+        if world().is_first and not (files.state / "recipe.yaml").exists():
             words = Tokenizer.train(kept_captions(shards), vocab_size=run.vocab_size)
             files.state.mkdir(exist_ok=True)
             words.save(learned.with_suffix(".tmp"))
             learned.with_suffix(".tmp").replace(learned)
+        world().wait()
         tokenizer = Tokenizer.load(learned)
         note = f"a vocabulary of {tokenizer.vocab_size} words was learned from the captions"
     else:

@@ -3,6 +3,7 @@
 Letters: B pairs of the batch, Q queued pairs, E embedding width, L tokens.
 """
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -14,6 +15,7 @@ from torch.nn import functional as F
 from openblip.losses import itc_loss, itm_loss, sample_hard_negatives, soft_targets
 from openblip.models.blip import Blip
 from openblip.models.text import Context
+from openblip.training.distributed import world
 from openblip.training.momentum import FeatureQueue, MomentumTwin, QueueEntries
 
 MOMENTUM_MINING_FLOOR = 1e-4
@@ -31,12 +33,15 @@ class AlignmentConfig:
                 online with momentum embeddings (pre-training), `online` online ones (retrieval).
                 `uniform` draws any: for a model from nothing on little data, whose ITM head finds
                 nothing beyond ITC to tell a hard negative by
+    negatives   where ITM's are drawn: among the pairs of this `rank`, as the original, or of
+                `all_ranks`, which encodes the context of every image on every rank
     queue_size  momentum features kept as further negatives
     momentum    of the twin
     """
 
     positives: Literal["pair", "image", "image_or_text"] = "pair"
     mining: Literal["momentum", "online", "uniform"] = "momentum"
+    negatives: Literal["rank", "all_ranks"] = "rank"
     queue_size: int = 57600
     momentum: float = 0.995
 
@@ -74,6 +79,49 @@ class WrongTexts:
 Draw = Callable[[Tensor], Tensor]
 
 
+@dataclass(frozen=True)
+class Candidates:
+    """C pairs among which the negatives of a batch are drawn; the batch's own are among them.
+
+    context                          of the images, projected
+    token_ids, text_mask             (C, L)
+    image_embedding, text_embedding  (C, E) to mine by
+    image_ids, text_ids              (C,)
+    first                            place of the batch's first pair
+    """
+
+    context: Context
+    token_ids: Tensor
+    text_mask: Tensor
+    image_embedding: Tensor
+    text_embedding: Tensor
+    image_ids: Tensor
+    text_ids: Tensor
+    first: int = 0
+
+    def of_all_ranks(self, blip: Blip, image_states: Tensor) -> "Candidates":
+        """Return the pairs of all ranks, whose batches are equally long.
+
+        image_states  (B, 1+N, D) of this rank; gradients flow back to those of the others
+        """
+        ranks = world()
+        if ranks.size == 1:
+            return self
+        [length] = ranks.largest([self.token_ids.shape[1]])
+        padded = length - self.token_ids.shape[1]
+        token_ids = F.pad(self.token_ids, (0, padded), value=blip.config.tokens.pad)
+        return Candidates(
+            blip.project_context(ranks.gather_with_gradient(image_states)),
+            ranks.gather(token_ids),
+            ranks.gather(F.pad(self.text_mask, (0, padded))),
+            ranks.gather(self.image_embedding),
+            ranks.gather(self.text_embedding),
+            ranks.gather(self.image_ids),
+            ranks.gather(self.text_ids),
+            first=ranks.rank * self.token_ids.shape[0],
+        )
+
+
 class Alignment(nn.Module):
     """The momentum twin, the queue, and the two losses that they serve."""
 
@@ -105,7 +153,7 @@ class Alignment(nn.Module):
         token_ids, text_mask  (B, L)
         image_ids, text_ids   (B,) equal where the image, or the text, is the same
         soft_target_weight    share of the momentum twin's belief in the ITC targets
-        draw                  maps mining weights (B, B) to one column per row (B,)
+        draw                  maps mining weights (B, C) to one column per row (B,)
         wrong_texts           takes the place of what is drawn for the images that it names
         """
         image_embedding = blip.embed_image(image_states)
@@ -118,7 +166,13 @@ class Alignment(nn.Module):
         all_texts = torch.cat([momentum_text, self.queue.text_embedding])
         image_to_text = image_embedding @ all_texts.T
         text_to_image = text_embedding @ all_images.T
-        is_positive = self._positives(image_ids, text_ids)
+        queue = self.queue
+        is_positive = self._is_positive(
+            image_ids,
+            text_ids,
+            torch.cat([image_ids, queue.image_ids]),
+            torch.cat([text_ids, queue.text_ids]),
+        ).float()
         positives = is_positive / is_positive.sum(dim=1, keepdim=True)
         with torch.no_grad():
             image_targets, text_targets = (
@@ -130,27 +184,29 @@ class Alignment(nn.Module):
             + itc_loss(text_to_image, text_targets, blip.temperature)
         ) / 2
 
+        if self.config.mining == "momentum":
+            candidate_image, candidate_text = momentum_image, momentum_text
+        else:
+            candidate_image, candidate_text = image_embedding, text_embedding
+        own = Candidates(
+            context, token_ids, text_mask, candidate_image, candidate_text, image_ids, text_ids
+        )
+        candidates = own
+        if self.config.negatives == "all_ranks":
+            candidates = own.of_all_ranks(blip, image_states)
         with torch.no_grad():
-            batch = image_ids.shape[0]
-            match self.config.mining:
-                case "momentum":
-                    text_weights = image_to_text[:, :batch]
-                    image_weights = text_to_image[:, :batch]
-                    floor = MOMENTUM_MINING_FLOOR
-                case "online":
-                    text_weights = image_embedding @ text_embedding.T
-                    image_weights = text_weights.T
-                    floor = 0.0
-                case "uniform":
-                    text_weights = image_weights = torch.zeros_like(image_to_text[:, :batch])
-                    floor = 0.0
-            same = is_positive[:, :batch].bool()
-            text_weights, image_weights = (
-                ((weights / blip.temperature).softmax(dim=1) + floor).masked_fill(same, 0.0)
-                for weights in (text_weights, image_weights)
+            same = self._is_positive(
+                image_ids, text_ids, candidates.image_ids, candidates.text_ids, candidates.first
             )
-        match_logits, is_match, num_left_out = self._match(
-            blip, context, token_ids, text_mask, image_weights, text_weights, draw, wrong_texts
+            image_weights, text_weights = (
+                self._mining_weights(embedding @ others.T, same, blip.temperature)
+                for embedding, others in (
+                    (text_embedding, candidates.image_embedding),
+                    (image_embedding, candidates.text_embedding),
+                )
+            )
+        match_logits, is_match, num_left_out = _match(
+            blip, candidates, image_weights, text_weights, draw, wrong_texts
         )
         return AlignmentOutput(
             itc=itc,
@@ -160,73 +216,90 @@ class Alignment(nn.Module):
             entries=QueueEntries(momentum_image, momentum_text, image_ids, text_ids),
         )
 
+    def _mining_weights(self, similarity: Tensor, same: Tensor, temperature: Tensor) -> Tensor:
+        """Return how likely each candidate (B, C) is drawn as a negative, up to a factor."""
+        if self.config.mining == "uniform":
+            return (~same).float()
+        floor = MOMENTUM_MINING_FLOOR if self.config.mining == "momentum" else 0.0
+        return ((similarity / temperature).softmax(dim=1) + floor).masked_fill(same, 0.0)
+
     def after_optimizer_step(self, blip: Blip, entries: list[QueueEntries]) -> None:
-        """Queue the step's features, clamp the temperature, move the twin.
+        """Queue the step's features, of all ranks, clamp the temperature, move the twin.
 
         The original does the last two at the start of the next forward: the same sequence.
         """
         for batch in entries:
-            self.queue.enqueue(batch)
+            fields = (getattr(batch, field.name) for field in dataclasses.fields(batch))
+            self.queue.enqueue(QueueEntries(*map(world().gather, fields)))
         blip.clamp_temperature()
         self.twin.update(blip)
 
-    def _positives(self, image_ids: Tensor, text_ids: Tensor) -> Tensor:
-        """Return (B, B+Q) of 0 and 1."""
-        batch = image_ids.shape[0]
-        if self.config.positives == "pair":
-            return torch.eye(batch, batch + self.queue.size, device=image_ids.device)
-        is_same = image_ids[:, None] == torch.cat([image_ids, self.queue.image_ids])
-        if self.config.positives == "image_or_text":
-            is_same |= text_ids[:, None] == torch.cat([text_ids, self.queue.text_ids])
-        return is_same.float()
-
-    def _match(
+    def _is_positive(
         self,
-        blip: Blip,
-        context: Context,
-        token_ids: Tensor,
-        text_mask: Tensor,
-        image_weights: Tensor,
-        text_weights: Tensor,
-        draw: Draw | None,
-        wrong_texts: WrongTexts | None,
-    ) -> tuple[Tensor, Tensor, int]:
-        """Judge the true pairs, then each text with a hard image, then each image with a hard text.
+        image_ids: Tensor,
+        text_ids: Tensor,
+        other_image_ids: Tensor,
+        other_text_ids: Tensor,
+        first: int = 0,
+    ) -> Tensor:
+        """Return (B, M) bool: whether a pair of the batch and another belong together.
 
-        image_weights (B, B): text by image; text_weights (B, B): image by text; 0: never drawn.
-        wrong_texts: judged instead of the hard text, also for an image that has none.
-        Returns match logits (P, 2), is_match (P,) bool, and how many rows had no negative.
+        first  place of the batch's first pair among the others
         """
-        rows = torch.arange(token_ids.shape[0], device=token_ids.device)
-        has_image = image_weights.sum(dim=1) > 0
-        has_text = text_weights.sum(dim=1) > 0
-        hard_images = _draw_or_multinomial(draw, image_weights[has_image])
-        hard_texts = _draw_or_multinomial(draw, text_weights[has_text])
-        if wrong_texts is not None:
-            text_of = rows.clone()
-            text_of[has_text] = hard_texts
-            text_of[wrong_texts.rows] = rows.shape[0] + rows[: len(wrong_texts.rows)]
-            has_text[wrong_texts.rows] = True
-            hard_texts = text_of[has_text]
-            pad = blip.config.tokens.pad
-            token_ids = _stack(token_ids, wrong_texts.token_ids, pad)
-            text_mask = _stack(text_mask, wrong_texts.text_mask, 0)
-        image_rows = torch.cat([rows, hard_images, rows[has_text]])
-        text_rows = torch.cat([rows, rows[has_image], hard_texts])
-        pair_states = blip.encode_pair(
-            token_ids[text_rows], text_mask[text_rows], context.select(image_rows)
-        )
-        is_match = torch.arange(image_rows.shape[0], device=rows.device) < rows.shape[0]
-        left_out = 2 * rows.shape[0] - hard_images.shape[0] - hard_texts.shape[0]
-        return blip.match_logits(pair_states), is_match, left_out
+        if self.config.positives == "pair":
+            rows = torch.arange(len(image_ids), device=image_ids.device)
+            columns = torch.arange(len(other_image_ids), device=image_ids.device)
+            return first + rows[:, None] == columns
+        is_same = image_ids[:, None] == other_image_ids
+        if self.config.positives == "image_or_text":
+            is_same |= text_ids[:, None] == other_text_ids
+        return is_same
 
 
-def _stack(first: Tensor, second: Tensor, padding: int) -> Tensor:
-    """Return the rows (., L) of both, padded to the longer."""
-    length = max(first.shape[1], second.shape[1])
-    return torch.cat(
-        [F.pad(rows, (0, length - rows.shape[1]), value=padding) for rows in (first, second)]
+def _match(
+    blip: Blip,
+    candidates: Candidates,
+    image_weights: Tensor,
+    text_weights: Tensor,
+    draw: Draw | None,
+    wrong_texts: WrongTexts | None,
+) -> tuple[Tensor, Tensor, int]:
+    """Judge the true pairs, then each text with a hard image, then each image with a hard text.
+
+    image_weights (B, C): text by image; text_weights (B, C): image by text; 0: never drawn.
+    wrong_texts: judged instead of the hard text, also for an image that has none.
+    Returns match logits (P, 2), is_match (P,) bool, and how many rows had no negative.
+    """
+    num_pairs, num_candidates = image_weights.shape
+    rows = torch.arange(num_pairs, device=image_weights.device)
+    has_image = image_weights.sum(dim=1) > 0
+    has_text = text_weights.sum(dim=1) > 0
+    hard_images = _draw_or_multinomial(draw, image_weights[has_image])
+    hard_texts = _draw_or_multinomial(draw, text_weights[has_text])
+    token_ids, text_mask = candidates.token_ids, candidates.text_mask
+    if wrong_texts is not None:
+        text_of = rows.clone()
+        text_of[has_text] = hard_texts
+        text_of[wrong_texts.rows] = num_candidates + rows[: len(wrong_texts.rows)]
+        has_text[wrong_texts.rows] = True
+        hard_texts = text_of[has_text]
+        token_ids = _stack([token_ids, wrong_texts.token_ids], blip.config.tokens.pad)
+        text_mask = _stack([text_mask, wrong_texts.text_mask], 0)
+    own = candidates.first + rows
+    image_rows = torch.cat([own, hard_images, own[has_text]])
+    text_rows = torch.cat([own, own[has_image], hard_texts])
+    pair_states = blip.encode_pair(
+        token_ids[text_rows], text_mask[text_rows], candidates.context.select(image_rows)
     )
+    is_match = torch.arange(image_rows.shape[0], device=rows.device) < num_pairs
+    left_out = 2 * num_pairs - hard_images.shape[0] - hard_texts.shape[0]
+    return blip.match_logits(pair_states), is_match, left_out
+
+
+def _stack(parts: list[Tensor], padding: int) -> Tensor:
+    """Return the rows (., L) of all parts, padded to the longest."""
+    length = max(rows.shape[1] for rows in parts)
+    return torch.cat([F.pad(rows, (0, length - rows.shape[1]), value=padding) for rows in parts])
 
 
 def _draw_or_multinomial(draw: Draw | None, weights: Tensor) -> Tensor:

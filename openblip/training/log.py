@@ -1,5 +1,6 @@
 """What long work tells: a progress line with rate and time left, and a JSONL file of measures."""
 
+import io
 import json
 import sys
 import time
@@ -17,18 +18,28 @@ PLAIN_INTERVAL_S = 15.0
 class ProgressLine:
     """Progress of `total` units on stderr: a rich bar on a terminal, plain lines elsewhere.
 
-    total   None where it is not known
-    done    of them by an earlier run, which the rate leaves out
+    total      None where it is not known
+    done       of them by an earlier run, which the rate leaves out
+    is_silent  nothing is told
     """
 
-    def __init__(self, title: str, total: int | None, unit: str = "steps", done: int = 0) -> None:
+    def __init__(
+        self,
+        title: str,
+        total: int | None,
+        unit: str = "steps",
+        done: int = 0,
+        *,
+        is_silent: bool = False,
+    ) -> None:
         self.title, self.total, self.unit = title, total, unit
+        self.is_silent = is_silent
         self.done = self._done_before = done
         self._start = self._last = time.monotonic()
         self._bar: Progress | None = None
 
     def __enter__(self) -> "ProgressLine":
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and not self.is_silent:
             self._bar = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(),
@@ -71,6 +82,8 @@ class ProgressLine:
         return (self.done - self._done_before) / max(1e-9, time.monotonic() - self._start)
 
     def _print(self, note: str) -> None:
+        if self.is_silent:
+            return
         rate = self._rate()
         if self.total is None:
             line = f"{self.title}: {self.done} {self.unit}, {rate:.1f}/s {note}"
@@ -83,14 +96,19 @@ class ProgressLine:
 class MeasureFile:
     """A JSONL file with one object per logged step.
 
+    path            None writes nothing
     num_kept_bytes  of what an earlier run wrote; the rest is cut off
     """
 
-    def __init__(self, path: Path, num_kept_bytes: int = 0) -> None:
+    def __init__(self, path: Path | None, num_kept_bytes: int = 0) -> None:
         self._path, self._num_kept_bytes = path, num_kept_bytes
 
     def __enter__(self) -> "MeasureFile":
-        self._file: IO[bytes] = self._path.open("r+b" if self._num_kept_bytes else "wb")
+        self._file: IO[bytes]
+        if self._path is None:
+            self._file = io.BytesIO()
+            return self
+        self._file = self._path.open("r+b" if self._num_kept_bytes else "wb")
         self._file.truncate(self._num_kept_bytes)
         self._file.seek(self._num_kept_bytes)
         return self
@@ -104,5 +122,7 @@ class MeasureFile:
         return self._file.tell()
 
     def write(self, measures: Mapping[str, float]) -> None:
+        if self._path is None:
+            return
         self._file.write(json.dumps(measures).encode() + b"\n")
         self._file.flush()

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from openblip.data.batches import ImageTextBatch
 from openblip.data.stream import Position
+from openblip.training.distributed import world
 from openblip.training.log import MeasureFile, ProgressLine
 from openblip.training.momentum import QueueEntries
 from openblip.training.optim import (
@@ -87,15 +88,18 @@ def fit(
     next state is saved, naming step, losses and samples. SIGINT and SIGTERM end the step, save the
     state, and raise KeyboardInterrupt or SystemExit(143).
     """
-    training_step.train()
+    ranks = world()
+    model = ranks.wrap(training_step).train()
     optimizer = build_optimizer(training_step, recipe)
     resumed = state.load(training_step, optimizer) if state is not None else None
     first_step = 0
     if resumed is not None:
         first_step, stream.position = resumed.num_steps, resumed.position
         _log.info("%s: goes on after step %d", title, first_step)
+    elif ranks.rank:
+        torch.manual_seed(torch.initial_seed() + ranks.rank)
     batches = iter(stream)
-    device = next(training_step.parameters()).device
+    device = ranks.device
     autocast = (
         torch.autocast(device.type, torch.bfloat16)
         if precision == "bfloat16"
@@ -104,8 +108,10 @@ def fit(
     watch = _FiniteWatch(device)
     with (
         state or contextlib.nullcontext(),
-        ProgressLine(title, num_steps, done=first_step) as progress,
-        MeasureFile(log_path, resumed.log_bytes if resumed is not None else 0) as measures_file,
+        ProgressLine(title, num_steps, done=first_step, is_silent=not ranks.is_first) as progress,
+        MeasureFile(
+            log_path if ranks.is_first else None, resumed.log_bytes if resumed is not None else 0
+        ) as measures_file,
         _StopSignals() as stop,
         contextlib.closing(batches),
     ):
@@ -115,11 +121,12 @@ def fit(
             set_learning_rate(optimizer, lr)
             optimizer.zero_grad(set_to_none=True)
             outputs: list[StepOutput] = []
-            for _ in range(accumulation_steps):
+            for number in range(accumulation_steps):
                 batch = next(batches)
-                with autocast:
-                    output: StepOutput = training_step(batch.to(device), step)
-                (output.total / accumulation_steps).backward()  # type: ignore[no-untyped-call]
+                with ranks.averaging(model, number == accumulation_steps - 1):
+                    with autocast:
+                        output: StepOutput = model(batch.to(device), step)
+                    (output.total / accumulation_steps).backward()  # type: ignore[no-untyped-call]
                 watch.see(step, output, batch.keys)
                 outputs.append(output)
             if recipe.max_gradient_norm:
@@ -130,17 +137,23 @@ def fit(
             is_last = step == num_steps - 1
             if step % LOG_EVERY_STEPS == 0 or is_last:
                 watch.check()
-                measures = {name: float(value) for name, value in output.measures.items()}
+                measures = ranks.mean({name: float(v) for name, v in output.measures.items()})
                 measures_file.write({"step": step, "lr": lr} | measures)
                 note = " ".join(f"{name} {value:.3g}" for name, value in measures.items())
             progress.advance(note=note)
-            if state is not None and not is_last and (stop.signal or state.is_due(step + 1)):
+            # All ranks stop and save at the same step.
+            stop_signal, is_due = ranks.largest(
+                [stop.signal, state is not None and state.is_due(step + 1)]
+            )
+            if state is not None and not is_last and (stop_signal or is_due):
                 watch.check()
                 state.save(
                     step + 1, training_step, optimizer, stream.position, measures_file.num_bytes
                 )
-            if stop.signal and not is_last:
-                stop.obey()
+            if stop_signal and not is_last:
+                if stop_signal == signal.SIGINT:
+                    raise KeyboardInterrupt
+                raise SystemExit(128 + stop_signal)
     training_step.eval()
 
 
@@ -204,8 +217,3 @@ class _StopSignals:
     def _remember(self, number: int, frame: object) -> None:
         self.signal = number
         signal.signal(number, self._before[number])
-
-    def obey(self) -> None:
-        if self.signal == signal.SIGINT:
-            raise KeyboardInterrupt
-        raise SystemExit(128 + self.signal)

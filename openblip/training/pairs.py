@@ -6,9 +6,10 @@ from pathlib import Path
 from pydantic import Field
 
 from openblip.config import Recipe
-from openblip.data.stream import PairStream
+from openblip.data.stream import PairStream, start_positions
 from openblip.images import TrainTransform
 from openblip.tokenizer import Tokenizer
+from openblip.training.distributed import world
 from openblip.training.loop import Precision, TrainingStep, fit
 from openblip.training.optim import OptimizerRecipe
 from openblip.training.state import SavingRecipe, TrainingFiles, TrainingState
@@ -60,6 +61,8 @@ def train_on_pairs(
 ) -> None:
     """Train the step's model in place on all kept captions of `data`, or go on with that.
 
+    With several ranks, each takes its part of the data, and `batch_size` of them at a time.
+
     data    tar shards, folders of them, image folders or JSONL files
     prefix  put before every text
     Raises ValueError if `files` hold the state of another training.
@@ -81,6 +84,7 @@ def train_on_pairs(
         prefix=prefix,
         num_workers=recipe.num_workers,
         max_bad_fraction=recipe.max_bad_fraction,
+        position=start_positions(world().size)[world().rank],
     )
     unchanged = {name: PairRecipe.model_fields[name].default for name in MAY_CHANGE}
     state = TrainingState(files.state, recipe.saving, recipe.model_copy(update=unchanged))

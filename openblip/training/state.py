@@ -2,7 +2,7 @@
 
     recipe.yaml                of the training that the states belong to
     step-00000100/             after 100 optimizer steps
-        rank-0.json            where this rank's stream stands, and how long the log is
+        rank-00000.json        where this rank's stream stands, and how long the log is
         *.distcp, .metadata    weights, momentum twin, queue, optimizer, random numbers (DCP)
 
 DCP writes `.metadata` last: a state without it was interrupted, and counts for nothing.
@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.state_dict_saver import async_save
 from openblip.config import Recipe, dump_recipe
 from openblip.data.sinks import write_bytes_atomically, write_json_atomically
 from openblip.data.stream import Position, deal_anew
+from openblip.training.distributed import World, world
 
 # DCP tells a single process so at every save; it is what is meant.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or unini")
@@ -87,10 +88,12 @@ class TrainingState:
         """
         self.folder, self.recipe = folder, saving
         path, text = folder / "recipe.yaml", dump_recipe(training)
-        if not path.exists():
+        world().wait()
+        if world().is_first and not path.exists():
             folder.mkdir(parents=True, exist_ok=True)
             write_bytes_atomically(path, text.encode())
-        elif path.read_text("utf-8") != text:
+        world().wait()
+        if path.read_text("utf-8") != text:
             raise ValueError(
                 f"{folder} holds an unfinished training by another recipe (see {path}): "
                 "go on with that one, remove the folder, or choose another output"
@@ -126,17 +129,23 @@ class TrainingState:
         Raises what went wrong in writing the state before this one.
         """
         self.wait()
+        ranks = world()
         folder = self.folder / f"step-{num_steps:08d}"
-        if (folder / ".metadata").exists():
-            return
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        rank = {"num_steps": num_steps, "log_bytes": log_bytes, "position": position.to_json()}
-        write_json_atomically(folder / "rank-0.json", rank)
+        if ranks.is_first:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+        ranks.wait()
+        own = {"num_steps": num_steps, "log_bytes": log_bytes, "position": position.to_json()}
+        write_json_atomically(folder / f"rank-{ranks.rank:05d}.json", own)
         # The optimizer's states are keyed by name, and survive another order of the parameters.
         weights, moments = get_state_dict(module, optimizer)
-        tensors = {"module": weights, "optimizer": moments, "random": _random_states()}
-        saving = async_save(tensors, checkpoint_id=folder, no_dist=True)
+        tensors = {"module": weights, "optimizer": moments, _random_of(ranks): _random_states()}
+        saving = async_save(
+            tensors,
+            checkpoint_id=folder,
+            process_group=ranks.saving_group,
+            no_dist=ranks.size == 1,
+        )
         assert isinstance(saving, Future)
         self._saving = saving
         self._last_save = time.monotonic()
@@ -150,30 +159,41 @@ class TrainingState:
             return
         self._saving.result()
         self._saving = None
+        if not world().is_first:
+            return
         for folder in self._saved()[: -self.recipe.keep_last]:
             shutil.rmtree(folder)
 
     def load(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> Resumed | None:
         """Bring the last state back into module, optimizer and random numbers.
 
+        With another number of ranks than there was, what is left of the data is dealt anew.
+
         Returns None where nothing has been saved.
         """
         saved = self._saved()
         if not saved:
             return None
-        folder = saved[-1]
-        ranks = [json.loads(path.read_text("utf-8")) for path in sorted(folder.glob("rank-*.json"))]
+        folder, ranks = saved[-1], world()
+        before = [json.loads(path.read_text("utf-8")) for path in sorted(folder.glob("rank-*"))]
         weights, moments = get_state_dict(module, optimizer)
-        random = _random_states()
-        tensors = {"module": weights, "optimizer": moments, "random": random}
-        load_tensors(tensors, checkpoint_id=folder, no_dist=True)
+        tensors: dict[str, Any] = {"module": weights, "optimizer": moments}
+        if ranks.rank < len(before):
+            tensors[_random_of(ranks)] = _random_states()
+        load_tensors(tensors, checkpoint_id=folder, no_dist=ranks.size == 1)
         set_state_dict(module, optimizer, model_state_dict=weights, optim_state_dict=moments)
-        _set_random_states(random)
-        [position] = deal_anew([Position.from_json(rank["position"]) for rank in ranks], 1)
-        return Resumed(ranks[0]["num_steps"], position, ranks[0]["log_bytes"])
+        if ranks.rank < len(before):
+            _set_random_states(tensors[_random_of(ranks)])
+        positions = [Position.from_json(rank["position"]) for rank in before]
+        position = deal_anew(positions, ranks.size)[ranks.rank]
+        return Resumed(before[0]["num_steps"], position, before[0]["log_bytes"])
 
     def _saved(self) -> list[Path]:
         return sorted(path.parent for path in self.folder.glob("step-*/.metadata"))
+
+
+def _random_of(ranks: World) -> str:
+    return f"random-{ranks.rank}"
 
 
 def _random_states() -> dict[str, Tensor]:
