@@ -60,6 +60,7 @@ evaluate_app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command()(cli_stages.quickstart)
+app.command()(cli_stages.draw)
 app.command()(cli_stages.bootstrap)
 app.command()(cli_stages.pretrain)
 app.add_typer(cli_stages.finetune_app, name="finetune")

@@ -47,6 +47,22 @@ def quickstart(
     answer(results, loop_text(results, out), as_json=as_json)
 
 
+def draw(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; a new one.")],
+    seed: Annotated[int, typer.Option(help="Of what is drawn.")] = 42,
+    as_json: AsJson = False,
+) -> None:
+    """Draw the quickstart's world: web, human and test images with captions.
+
+    Data to try a training on. See recipes/world_cpu.yaml.
+    """
+    from openblip.quickstart import draw as run
+
+    result = run(out, seed=seed)
+    lines = [f"{folder}: {num} images" for folder, num in result.items()]
+    answer(result, "\n".join(lines), as_json=as_json)
+
+
 def bootstrap(
     recipe: Recipe,
     web: Annotated[Path, typer.Option(help="Noisy image-text pairs. " + DATA_HELP)],

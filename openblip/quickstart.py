@@ -12,6 +12,7 @@ from openblip.capfilt.bootstrap import (
     bootstrap,
 )
 from openblip.capfilt.shard import CapfiltRecipe
+from openblip.checkpoint import check_is_free
 from openblip.data.world import WorldConfig, draw_world
 from openblip.finetune.captioning import CaptioningRecipe
 from openblip.finetune.retrieval import RetrievalRecipe
@@ -105,6 +106,27 @@ def quickstart_recipe(seed: int) -> BootstrapRecipe:
     )
 
 
+def draw(out: Path, *, seed: int) -> dict[str, Any]:
+    """Draw the quickstart's world: the sets `web`, `human` and `test` in the new folder `out`.
+
+    Returns the number of images of each set.
+    Raises ValueError if `out` exists.
+    """
+    check_is_free(out)
+    unfinished = out.with_name(f"{out.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.parent.mkdir(parents=True, exist_ok=True)
+    config = replace(WORLD, seed=seed)
+    draw_world(config, unfinished)
+    unfinished.rename(out)
+    return {
+        str(out / name): num
+        for name, num in (
+            ("web", config.num_web), ("human", config.num_human), ("test", config.num_test),
+        )
+    }  # fmt: skip
+
+
 def quickstart(out: Path, *, seed: int, has_ablation: bool = False) -> dict[str, Any]:
     """Draw the world, run the loop on it and write `results.json` and `report.html` in `out`.
 
@@ -113,10 +135,7 @@ def quickstart(out: Path, *, seed: int, has_ablation: bool = False) -> dict[str,
     """
     world = out / "world"
     if not world.exists():
-        unfinished = out / "world.unfinished"
-        shutil.rmtree(unfinished, ignore_errors=True)
-        draw_world(replace(WORLD, seed=seed), unfinished)
-        unfinished.rename(world)
+        draw(world, seed=seed)
     data = BootstrapData(world / "web", world / "human", world / "test")
     return bootstrap(quickstart_recipe(seed), data, out, has_ablation=has_ablation)
 

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.nn.functional import all_gather as all_gather_with_gradient
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 
@@ -118,7 +120,11 @@ def joined() -> Iterator[World]:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         backend = "cpu:gloo,cuda:nccl"
-    distributed.init_process_group(backend)
+    # torchrun keeps its store over a restart, where gloo would find the addresses of the dead.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store, rank, size = next(rendezvous("env://"))
+    store = PrefixStore(f"attempt_{attempt}", store)
+    distributed.init_process_group(backend, store=store, rank=rank, world_size=size)
     _saving_groups.append(distributed.new_group(backend="gloo"))
     try:
         yield world()

@@ -12,7 +12,7 @@ import pytest
 from openblip import __version__
 
 COMMANDS = [
-    "", "quickstart", "bootstrap", "pretrain", "finetune", "finetune captioning",
+    "", "quickstart", "draw", "bootstrap", "pretrain", "finetune", "finetune captioning",
     "finetune retrieval", "capfilt", "capfilt run", "capfilt rethreshold", "capfilt report",
     "evaluate", "evaluate retrieval", "evaluate captioning", "caption", "match", "convert",
 ]  # fmt: skip

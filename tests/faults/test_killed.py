@@ -14,7 +14,7 @@ from openblip.data.world import WorldConfig, draw_world
 
 pytestmark = pytest.mark.slow
 
-NUM_STEPS = 60
+NUM_STEPS = 150
 MODEL = (
     "{image_size_px: 32, patch_size_px: 16, vision_width: 16, vision_layers: 1, vision_heads: 2, "
     "text_width: 16, text_layers: 1, text_heads: 2, ffn_width: 32, max_positions: 40, "
@@ -29,12 +29,38 @@ RECIPES = {
 }
 
 
-def start(command: str, recipe: Path, out: Path) -> subprocess.Popen[bytes]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+def start(
+    command: str, recipe: Path, out: Path, num_ranks: int = 1, *options: str
+) -> subprocess.Popen[bytes]:
+    arguments = ["-m", "openblip", *command.split(), str(recipe), "--out", str(out), *options]
+    if num_ranks > 1:
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--max-restarts=3"]
+        arguments = [*torchrun, f"--nproc-per-node={num_ranks}", *arguments]
     return subprocess.Popen(
-        [sys.executable, "-m", "openblip", *command.split(), str(recipe), "--out", str(out)],
-        stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env=environment,
+        [sys.executable, *arguments], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True,
     )  # fmt: skip
+
+
+def children_of(pid: int) -> list[int]:
+    children = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parent = int(path.read_text().rpartition(")")[2].split()[1])
+        except OSError:  # it has ended meanwhile
+            continue
+        if parent == pid:
+            children.append(int(path.parent.name))
+    return sorted(children)
+
+
+def check_equal(first: Path, second: Path) -> None:
+    for name in ("model.safetensors", "config.json", "tokenizer.json"):
+        assert (first / name).read_bytes() == (second / name).read_bytes()
+    logs = [path.with_name(f"{path.name}.log.jsonl").read_bytes() for path in (first, second)]
+    assert logs[0] == logs[1]
+    for folder in (first, second):
+        assert not folder.with_name(f"{folder.name}.state").exists()
 
 
 def num_logged(out: Path) -> int:
@@ -79,8 +105,38 @@ def test_a_killed_training_ends_as_one_that_was_not(
         assert code == {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}[kind]
         assert not killed.exists()
     assert start(command, recipe, killed).wait() == 0
-    for name in ("model.safetensors", "config.json", "tokenizer.json"):
-        assert (killed / name).read_bytes() == (whole / name).read_bytes()
-    logs = [path.with_name(f"{path.name}.log.jsonl").read_bytes() for path in (whole, killed)]
-    assert logs[0] == logs[1]
-    assert not killed.with_name("killed.state").exists()
+    check_equal(whole, killed)
+
+
+@pytest.mark.parametrize("command", RECIPES)
+def test_two_ranks_that_are_killed_end_as_two_that_were_not(
+    command: str, world: Path, base: Path, tmp_path: Path
+) -> None:
+    """Kill all processes, let SIGTERM stop them, and kill one alone, which torchrun restarts."""
+    recipe = tmp_path / "recipe.yaml"
+    text = f"data: [{world / 'web'}]\n" + COMMON + RECIPES[command].replace("{base}", str(base))
+    recipe.write_text(text)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert start(command, recipe, whole, 2).wait() == 0
+
+    def until(process: subprocess.Popen[bytes], num: int) -> None:
+        while num_logged(killed) < num:
+            assert process.poll() is None, "it ended before it could be killed"
+            time.sleep(0.001)
+
+    process = start(command, recipe, killed, 2)
+    until(process, 2)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    process = start(command, recipe, killed, 2)
+    until(process, 5)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait() != 0
+    assert not killed.exists()
+    process = start(command, recipe, killed, 2)
+    while len(ranks := children_of(process.pid)) < 2:
+        time.sleep(0.1)
+    until(process, 8)
+    os.kill(ranks[-1], signal.SIGKILL)
+    assert process.wait() == 0
+    check_equal(whole, killed)
