@@ -34,6 +34,9 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on
 MODEL_HELP = "Checkpoint folder, transformers folder, or name on the Hugging Face Hub."
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
 ModelOption = Annotated[str, typer.Option("--model", help=MODEL_HELP)]
-DATA_HELP = "Tar shard, folder of tar shards, image folder with captions, or JSONL file."
+DATA_HELP = (
+    "Tar shards, parquet, CSV, TSV, JSONL or COCO's JSON (one file, or a folder of tar or parquet "
+    "shards), or a folder of images with captions beside them."
+)
 Data = Annotated[Path, typer.Argument(metavar="DATA", help=DATA_HELP)]
 Prompt = Annotated[str, typer.Option("--prompt", help="Start that is given to the decoder.")]

@@ -105,7 +105,7 @@ class PretrainRecipe(PairRecipe):
 class PretrainRun(PretrainRecipe):
     """A pre-training with its data, as a recipe file describes it.
 
-    data        tar shards, folders of them, image folders or JSONL files
+    data        data sets of any kind that `data.sources` reads
     vocabulary  BERT's `vocab.txt`, a `tokenizer.json` or a checkpoint folder; without one a
                 WordPiece vocabulary is learned from the captions, which reads all data once
     vocab_size  of a vocabulary that is learned
@@ -167,7 +167,7 @@ def pretrain(
 ) -> Blip:
     """Train a new model on the kept captions of `data` and return it.
 
-    data       tar shards, folders of them, image folders or JSONL files
+    data       data sets of any kind that `data.sources` reads
     """
     torch.manual_seed(recipe.seed)
     blip = Blip(recipe.model.build_config(tokenizer))

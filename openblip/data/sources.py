@@ -1,10 +1,18 @@
-"""Reading: tar shards, image folders and JSONL files as `Sample`s.
+"""Reading: tar shards, image folders and tables of images as `Sample`s.
+
+Tables are JSONL, CSV, TSV, parquet (img2dataset's columns) and COCO's JSON of captions. A row has
+- its image as a path beside the table (`image`, `file_name`, `filepath`, `path`), as bytes (`jpg`,
+  `png`, `webp`, or `image` as the datasets library stores it) or as text (`image_base64`);
+- its captions as `captions`, `caption` or `text`;
+- its key as `key`, `image_id` or `id`, else its number is taken.
+Further fields are the sample's meta.
 
 What cannot be used is reported by key and reason, never raised and never lost silently.
 """
 
 import base64
 import binascii
+import csv
 import itertools
 import json
 import tarfile
@@ -12,11 +20,20 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from openblip.captions import clean_caption
 from openblip.data.samples import Caption, CaptionSource, Sample
 
 IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff"})
+
+ROWS_AT_ONCE = 64
+"""Rows of a parquet file that are in memory at a time."""
+
+FILE_KINDS = (".tar", ".jsonl", ".csv", ".tsv", ".parquet", ".json")
+_PATH_FIELDS = ("image", "file_name", "filepath", "path")
+_BYTES_FIELDS = ("jpg", "jpeg", "png", "webp", "image_bytes", "image")
+_KEY_FIELDS = ("key", "image_id", "id")
 
 OnBad = Callable[[str, str], None]
 
@@ -36,21 +53,21 @@ Build = Callable[[CaptionSource], Sample | BadSample]
 def list_shards(path: str | Path) -> list[Path]:
     """Return the units in which a data set is read.
 
-    path     a .tar or .jsonl file, a folder of .tar files, or a folder of images
+    path     a file of one of `FILE_KINDS`, a folder of .tar or .parquet files, or of images
     Raises ValueError for anything else.
     """
     path = Path(path)
-    if path.is_file() and path.suffix in {".tar", ".jsonl"}:
+    if path.is_file() and path.suffix in FILE_KINDS:
         return [path]
     if path.is_dir():
-        tars = sorted(path.glob("*.tar"))
-        if tars:
-            return tars
+        for kind in (".tar", ".parquet"):
+            if shards := sorted(path.glob(f"*{kind}")):
+                return shards
         if any(_is_image(file) for file in path.rglob("*")):
             return [path]
     raise ValueError(
-        f"{path} is no data set: expected a .tar or .jsonl file, a folder of .tar files, "
-        "or a folder of images"
+        f"{path} is no data set: expected a {', '.join(FILE_KINDS)} file, a folder of .tar or "
+        ".parquet files, or a folder of images"
     )
 
 
@@ -80,10 +97,18 @@ def read_entries(
     shard = Path(shard)
     if shard.is_dir():
         entries = _folder_entries(shard)
-    elif shard.suffix == ".jsonl":
-        entries = _jsonl_entries(shard)
     else:
-        entries = _tar_entries(shard)
+        match shard.suffix:
+            case ".jsonl":
+                entries = _jsonl_entries(shard)
+            case ".csv" | ".tsv":
+                entries = _csv_entries(shard)
+            case ".parquet":
+                entries = _parquet_entries(shard)
+            case ".json":
+                entries = _coco_entries(shard)
+            case _:
+                entries = _tar_entries(shard)
     for build in itertools.islice(entries, start, None, step):
         yield build(default_source)
 
@@ -163,6 +188,8 @@ def _parse_fields(
     given = meta.pop("captions", None)
     if given is None:
         one = meta.pop("caption", None)
+        if one is None:
+            one = meta.pop("text", None)
         given = [] if one is None else [one]
     if not isinstance(given, list):
         raise ValueError("'captions' must be a list")
@@ -199,25 +226,108 @@ def _jsonl_entries(shard: Path) -> Iterator[Build]:
 
 
 def _read_line(shard: Path, number: int, line: str, source: CaptionSource) -> Sample | BadSample:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        row = None
+    return _read_row(shard, number, row, source)
+
+
+def _csv_entries(shard: Path) -> Iterator[Build]:
+    """The first row names the columns."""
+    # A caption may be longer than what the module takes for a mistake.
+    csv.field_size_limit(1 << 24)
+    with shard.open(encoding="utf-8-sig", errors="replace", newline="") as lines:
+        rows = csv.DictReader(lines, delimiter="\t" if shard.suffix == ".tsv" else ",")
+        try:
+            for number, row in enumerate(rows, start=1):
+                given = {name: value for name, value in row.items() if name and value}
+                yield partial(_read_row, shard, number, given)
+        except csv.Error as error:
+            raise ValueError(f"{shard}, line {rows.line_num}: {error}") from error
+
+
+def _parquet_entries(shard: Path) -> Iterator[Build]:
+    # Slow to import, and few need it.
+    from pyarrow import ArrowInvalid, parquet
+
+    try:
+        table = parquet.ParquetFile(shard)
+    except ArrowInvalid as error:
+        raise ValueError(f"cannot read shard {shard}: {error}") from error
+    number = 0
+    with table:
+        for batch in table.iter_batches(batch_size=ROWS_AT_ONCE):
+            for index in range(batch.num_rows):
+                number += 1
+                # The row itself is taken out of the table only if it is wanted.
+                yield partial(_read_parquet_row, shard, number, batch.slice(index, 1))
+
+
+def _read_parquet_row(
+    shard: Path, number: int, batch: Any, source: CaptionSource
+) -> Sample | BadSample:
+    [row] = batch.to_pylist()
+    return _read_row(shard, number, {k: v for k, v in row.items() if v is not None}, source)
+
+
+def _coco_entries(shard: Path) -> Iterator[Build]:
+    """COCO's `images` and caption `annotations`: one sample an image, its captions human."""
+    try:
+        content = json.loads(shard.read_text(encoding="utf-8"))
+        captions: dict[object, list[str]] = {}
+        for annotation in content["annotations"]:
+            captions.setdefault(annotation["image_id"], []).append(annotation["caption"])
+        images = [(image["id"], image["file_name"]) for image in content["images"]]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{shard} is no caption file of COCO's kind: expected `images` with id and file_name, "
+            f"and `annotations` with image_id and caption ({error!r})"
+        ) from error
+    for number, (key, name) in enumerate(images, start=1):
+        row = {"key": str(key), "file_name": name, "captions": captions.get(key, [])}
+        yield partial(_read_row, shard, number, row)
+
+
+def _read_row(shard: Path, number: int, row: object, source: CaptionSource) -> Sample | BadSample:
+    """Build a sample from the fields of a table's row, None where it is not one."""
     key = f"{shard.stem}_{number:08d}"
     try:
-        captions, meta = _parse_fields(json.loads(line), source)
+        captions, meta = _parse_fields(row, source)
     except ValueError:
-        return BadSample(key, "bad_json")
-    key = str(meta.pop("key", key)).replace(".", "_")
-    path, encoded = meta.pop("image", None), meta.pop("image_base64", None)
+        return BadSample(key, "bad_json" if shard.suffix == ".jsonl" else "bad_row")
+    for name in _KEY_FIELDS:
+        if name in meta:
+            key = str(meta.pop(name)).replace(".", "_")
+            break
+    if meta.get("status", "success") != "success":  # img2dataset's word for a failed download
+        return BadSample(key, "not_downloaded")
+    image: bytes | None = None
+    extension = "jpg"
     try:
-        if isinstance(path, str):
-            image = (shard.parent / path).read_bytes()
-            extension = Path(path).suffix[1:].lower() or "jpg"
-        elif isinstance(encoded, str):
-            image, extension = base64.b64decode(encoded, validate=True), "jpg"
-        else:
-            return BadSample(key, "missing_image")
+        for name in _BYTES_FIELDS:
+            value = meta.get(name)
+            if isinstance(value, dict) and isinstance(value.get("bytes"), bytes):
+                value = value["bytes"]
+            if isinstance(value, bytes):
+                image, extension = value, name if name in IMAGE_EXTENSIONS else extension
+                del meta[name]
+                break
+        encoded = meta.pop("image_base64", None)
+        if image is None and isinstance(encoded, str):
+            image = base64.b64decode(encoded, validate=True)
+        for name in _PATH_FIELDS:
+            value = meta.get(name)
+            if image is None and isinstance(value, str):
+                del meta[name]
+                path = shard.parent / value
+                image, extension = path.read_bytes(), path.suffix[1:].lower() or extension
     except OSError:
         return BadSample(key, "missing_image")
     except binascii.Error:
         return BadSample(key, "bad_base64")
+    if image is None:
+        return BadSample(key, "missing_image")
     return Sample(key, image, captions, meta, extension)
 
 

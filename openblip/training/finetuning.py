@@ -21,7 +21,7 @@ _log = logging.getLogger(__name__)
 class FinetuningRun(Recipe):
     """What a recipe file adds to the settings of a fine-tuning.
 
-    data           tar shards, folders of them, image folders or JSONL files
+    data           data sets of any kind that `data.sources` reads
     init           checkpoint folder, transformers folder or name on the Hugging Face Hub
     image_size_px  side of the images; another one than that of `init` resizes the positions
     """

@@ -63,7 +63,7 @@ def train_on_pairs(
 
     With several ranks, each takes its part of the data, and `batch_size` of them at a time.
 
-    data    tar shards, folders of them, image folders or JSONL files
+    data    data sets of any kind that `data.sources` reads
     prefix  put before every text
     Raises ValueError if `files` hold the state of another training.
     """

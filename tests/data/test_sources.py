@@ -1,14 +1,18 @@
 import base64
+import io
 import json
 import tarfile
 from pathlib import Path
 
+import pyarrow
 import pytest
 import webdataset
+from PIL import Image
+from pyarrow import parquet
 
 from openblip.data.samples import Caption, Sample
 from openblip.data.sinks import ShardWriter
-from openblip.data.sources import list_shards, read_samples
+from openblip.data.sources import list_shards, read_entries, read_samples
 
 SAMPLES = [
     Sample("a", b"image a", (Caption("one"), Caption("two", "human")), {"id": 7}),
@@ -107,3 +111,118 @@ def test_a_folder_and_jsonl(tmp_path: Path) -> None:
 def test_what_is_no_data_set_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is no data set"):
         list_shards(tmp_path)
+
+
+def png(color: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (4, 4), (color, 0, 0)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """A folder with the images a.png and sub/b.png."""
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "a.png").write_bytes(png(1))
+    (tmp_path / "sub" / "b.png").write_bytes(png(2))
+    return tmp_path
+
+
+@pytest.mark.parametrize(("name", "comma"), [("t.csv", ","), ("t.tsv", "\t")])
+def test_a_csv_names_images_and_captions(photos: Path, name: str, comma: str) -> None:
+    rows = [
+        ["image", "caption", "id", "width"],
+        ["a.png", '"one, ""so"" it is\nand on"', "7", "4"],
+        ["sub/b.png", "two", "", ""],
+        ["absent.png", "three", "", ""],
+        ["", "four", "9", ""],
+    ]
+    path = photos / name
+    path.write_text("\ufeff" + "".join(comma.join(row) + "\n" for row in rows))
+    [shard] = list_shards(path)
+    samples, bad = read(shard)
+    assert samples == [
+        Sample("7", png(1), (Caption('one, "so" it is\nand on'),), {"width": "4"}, "png"),
+        Sample("t_00000002", png(2), (Caption("two"),), {}, "png"),
+    ]
+    assert bad == [("t_00000003", "missing_image"), ("9", "missing_image")]
+
+
+def test_parquet_as_img2dataset_and_datasets_write_it(photos: Path) -> None:
+    img2dataset = pyarrow.table(
+        {
+            "key": ["0001", "0002", "0003"],
+            "url": ["u", "v", "w"],
+            "status": ["success", "failed_to_download", "success"],
+            "caption": ["one", "two", None],
+            "jpg": [b"image one", None, b"image three"],
+            "width": [4, None, 5],
+        }
+    )
+    datasets = pyarrow.table(
+        {"image": [{"bytes": png(3), "path": "x.png"}, {"bytes": None, "path": "y.png"}],
+         "text": ["three", "four"]}
+    )  # fmt: skip
+    for name, table in (("0.parquet", img2dataset), ("1.parquet", datasets)):
+        parquet.write_table(table, photos / name)
+    first, second = list_shards(photos)
+    samples, bad = read(first)
+    assert samples == [
+        Sample(
+            "0001", b"image one", (Caption("one"),), {"url": "u", "status": "success", "width": 4}
+        ),
+        Sample("0003", b"image three", (), {"url": "w", "status": "success", "width": 5}),
+    ]
+    assert bad == [("0002", "not_downloaded")]
+    samples, bad = read(second)
+    assert samples == [Sample("1_00000001", png(3), (Caption("three"),))]
+    assert bad == [("1_00000002", "missing_image")]
+
+
+def test_cocos_json_gathers_the_captions_of_an_image(photos: Path) -> None:
+    content = {
+        "images": [
+            {"id": 5, "file_name": "sub/b.png"},
+            {"id": 6, "file_name": "absent.png"},
+            {"id": 4, "file_name": "a.png"},
+        ],
+        "annotations": [
+            {"id": 1, "image_id": 4, "caption": "one"},
+            {"id": 2, "image_id": 5, "caption": "two"},
+            {"id": 3, "image_id": 4, "caption": "three"},
+        ],
+    }
+    path = photos / "captions.json"
+    path.write_text(json.dumps(content))
+    samples, bad = read(list_shards(path)[0])
+    assert samples == [
+        Sample("5", png(2), (Caption("two"),), {}, "png"),
+        Sample("4", png(1), (Caption("one"), Caption("three")), {}, "png"),
+    ]
+    assert bad == [("6", "missing_image")]
+    for wrong in ("[]", "{", '{"images": [{"id": 1}], "annotations": []}'):
+        path.write_text(wrong)
+        with pytest.raises(ValueError, match=r"captions\.json is no caption file of COCO's kind"):
+            read(path)
+
+
+def test_a_broken_table_is_told(tmp_path: Path) -> None:
+    (tmp_path / "t.parquet").write_bytes(b"no table")
+    with pytest.raises(ValueError, match=r"cannot read shard .*t\.parquet"):
+        read(tmp_path / "t.parquet")
+
+
+@pytest.mark.parametrize("step", [1, 2, 5])
+def test_entries_can_be_passed_over(photos: Path, step: int) -> None:
+    """Of any kind: what is read from a start in steps is what is read whole, bad ones counted."""
+    write(photos / "t.tar")
+    (photos / "t.csv").write_text("image,caption\n" + "a.png,x\nabsent.png,y\nsub/b.png,z\n" * 3)
+    lines = [{"image": "a.png", "caption": "x"}, {"caption": "y"}, {"image": "sub/b.png"}]
+    (photos / "t.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines * 2))
+    rows = {"jpg": [b"1", None, b"3", b"4"], "caption": ["a", "b", "c", "d"]}
+    parquet.write_table(pyarrow.table(rows), photos / "t.parquet")
+    for shard in (photos, *(photos / f"t.{kind}" for kind in ("tar", "csv", "jsonl", "parquet"))):
+        whole = list(read_entries(shard))
+        assert len(whole) >= 2
+        for start in range(len(whole) + 1):
+            assert list(read_entries(shard, start=start, step=step)) == whole[start::step]
