@@ -7,6 +7,7 @@ from itertools import pairwise
 
 from openblip.page import Html, note, tag
 
+MOST_POINTS = 120
 _NUM_COLORS = 6
 _WIDTH, _LEFT, _SIDE_LABEL = 440, 44, 64
 """440 units across stay readable on a phone, without scrolling."""
@@ -73,6 +74,13 @@ def line_chart(caption: str, x_label: str, series: Sequence[Series]) -> Html:
         f"{one.label} from {one.points[0][1]:.3g} to {one.points[-1][1]:.3g}" for one in lines
     )
     return _figure(caption, f"{caption}. {told}.", bottom + 40, drawn)
+
+
+def thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Return means of neighbours, at most `MOST_POINTS` of them."""
+    size = -(-len(points) // MOST_POINTS) or 1
+    groups = [points[start : start + size] for start in range(0, len(points), size)]
+    return [(sum(x for x, _ in g) / len(g), sum(y for _, y in g) / len(g)) for g in groups]
 
 
 def histograms(caption: str, x_label: str, rows: Sequence[Counts], mark: float) -> Html:

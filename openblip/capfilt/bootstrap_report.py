@@ -1,7 +1,7 @@
 """The page of a whole loop: before and after, the ablation beside the paper's, losses, pictures."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,14 +37,13 @@ from openblip.page import (
     tag,
     write_page,
 )
-from openblip.page_charts import Series, line_chart
+from openblip.page_charts import MOST_POINTS, Series, line_chart, thinned
 
 if TYPE_CHECKING:
     from openblip.capfilt.bootstrap import BootstrapData
 
 NUM_TEST_EXAMPLES = 9
 _HUMAN_CAPTIONS_SHOWN = 3
-_MOST_POINTS = 120
 _TRAININGS = {
     "base": "base: pre-training on the web's captions as they are",
     "captioner": "captioner: fine-tuning on human captions",
@@ -249,7 +248,7 @@ def _losses(logs: Path) -> list[Html]:
             continue
         lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         series = [
-            Series(loss, _thinned([(line["step"], line[loss]) for line in lines if loss in line]))
+            Series(loss, thinned([(line["step"], line[loss]) for line in lines if loss in line]))
             for loss in _LOSSES
         ]
         charts.append(line_chart(title, "step", [one for one in series if one.points]))
@@ -258,17 +257,10 @@ def _losses(logs: Path) -> list[Html]:
         note(
             "loss is the sum that was trained on; itc, itm and lm are its parts. Pre-training sees "
             "the human captions too. Losses on different captions cannot be compared. Of more than "
-            f"{_MOST_POINTS} logged steps, "
+            f"{MOST_POINTS} logged steps, "
             "each point is a mean of neighbours."
         ),
     ]
-
-
-def _thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Return means of neighbours, few enough to draw."""
-    size = -(-len(points) // _MOST_POINTS) or 1
-    groups = [points[start : start + size] for start in range(0, len(points), size)]
-    return [(sum(x for x, _ in g) / len(g), sum(y for _, y in g) / len(g)) for g in groups]
 
 
 def _time(results: Mapping[str, Any], out: Path) -> list[Html]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from openblip.data.batches import ImageTextBatch
 from openblip.data.stream import Position
+from openblip.training.curves import write_curves
 from openblip.training.distributed import world
 from openblip.training.log import MeasureFile, ProgressLine
 from openblip.training.momentum import QueueEntries
@@ -80,6 +81,8 @@ def fit(
     state: TrainingState | None = None,
 ) -> None:
     """Train for `num_steps` optimizer steps, logging every tenth and the last to a JSONL file.
+
+    A page with the curves stands beside the log, drawn whenever a state is saved and at the end.
 
     accumulation_steps  batches whose gradients are averaged for one optimizer step
     state               where the training is saved as it goes; one that was saved goes on, and
@@ -150,11 +153,18 @@ def fit(
                 state.save(
                     step + 1, training_step, optimizer, stream.position, measures_file.num_bytes
                 )
+                _draw(log_path, title)
             if stop_signal and not is_last:
                 if stop_signal == signal.SIGINT:
                     raise KeyboardInterrupt
                 raise SystemExit(128 + stop_signal)
+    _draw(log_path, title)
     training_step.eval()
+
+
+def _draw(log_path: Path, title: str) -> None:
+    if world().is_first:
+        write_curves(log_path, log_path.with_suffix(".html"), title)
 
 
 def _mean(outputs: Sequence[StepOutput]) -> StepOutput:

@@ -142,3 +142,13 @@ def test_progress_keeps_telling_the_last_losses(
     run(Line(), tmp_path, 12)
     lines = capsys.readouterr().err.splitlines()
     assert all("loss" in line for line in lines[:12])
+
+
+def test_the_curves_stand_beside_the_log(tmp_path: Path) -> None:
+    run(Line(), tmp_path, 25)
+    page = (tmp_path / "log.html").read_text()
+    assert "<title>line</title>" in page
+    for name in ("lr", "loss", "half"):
+        assert f"<figcaption>{name}</figcaption>" in page
+    assert "half from 0.5 to 0.5" in page
+    assert "4 lines of log.jsonl" in page
