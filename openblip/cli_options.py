@@ -30,6 +30,13 @@ HasAblation = Annotated[
         "--ablation", help="Train two more models: captioner alone, and filter alone (table 1)."
     ),
 ]
+IsDry = Annotated[
+    bool,
+    typer.Option(
+        "--dry-run",
+        help="Write nothing; take twelve steps and say what the training would cost.",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 MODEL_HELP = "Checkpoint folder, transformers folder, or name on the Hugging Face Hub."
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]

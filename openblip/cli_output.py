@@ -58,6 +58,24 @@ def run_text(result: Mapping[str, Any]) -> str:
     )
 
 
+def dry_text(result: Mapping[str, Any]) -> str:
+    """Say what a training would cost."""
+    hours, rest = divmod(round(result["seconds"]), 3600)
+    about = "about " if result["is_estimate"] else ""
+    return table(
+        [
+            ["parameters", f"{result['num_parameters']:,}, {result['num_trained']:,} trained"],
+            ["memory of their state", f"{result['state_bytes'] / 1e6:,.0f} MB"],
+            ["peak memory", f"{result['peak_bytes'] / 1e6:,.0f} MB"],
+            ["an epoch", f"{about}{result['pairs_per_epoch']:,} pairs, "
+                         f"{result['steps_per_epoch']:,.1f} steps"],
+            ["a step", f"{result['flops_per_step'] / 1e9:,.1f} GFLOP, "
+                       f"{result['seconds_per_step']:.3f} s"],
+            ["all", f"{result['num_steps']:,} steps, {hours} h {rest // 60} min"],
+        ]
+    )  # fmt: skip
+
+
 def capfilt_text(report: Mapping[str, Any], folder: Path) -> str:
     """Say what became of the captions, by source, and where the page lies."""
     rows = [["captions", "judged", "kept", "keep rate"]]

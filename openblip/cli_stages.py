@@ -10,12 +10,13 @@ from openblip.cli_options import (
     MODEL_HELP,
     AsJson,
     HasAblation,
+    IsDry,
     NewFolder,
     Out,
     Overrides,
     Recipe,
 )
-from openblip.cli_output import answer, capfilt_text, loop_text, run_text
+from openblip.cli_output import answer, capfilt_text, dry_text, loop_text, run_text
 from openblip.config import load_recipe
 from openblip.data.sources import list_shards
 
@@ -90,7 +91,11 @@ def bootstrap(
 
 
 def pretrain(
-    recipe: Recipe, out: NewFolder, overrides: Overrides = None, as_json: AsJson = False
+    recipe: Recipe,
+    out: NewFolder,
+    overrides: Overrides = None,
+    is_dry: IsDry = False,
+    as_json: AsJson = False,
 ) -> None:
     """Pre-train a new model with ITC, ITM and LM.
 
@@ -101,14 +106,18 @@ def pretrain(
 
     run = load_recipe(PretrainRun, recipe, overrides or ())
     with joined() as ranks:
-        result = run_pretraining(run, out)
+        result = run_pretraining(run, out, is_dry=is_dry)
     if ranks.is_first:
-        answer(result, run_text(result), as_json=as_json)
+        answer(result, dry_text(result) if is_dry else run_text(result), as_json=as_json)
 
 
 @finetune_app.command("captioning")
 def finetune_captioning(
-    recipe: Recipe, out: NewFolder, overrides: Overrides = None, as_json: AsJson = False
+    recipe: Recipe,
+    out: NewFolder,
+    overrides: Overrides = None,
+    is_dry: IsDry = False,
+    as_json: AsJson = False,
 ) -> None:
     """Fine-tune a model to write captions.
 
@@ -119,14 +128,18 @@ def finetune_captioning(
 
     run = load_recipe(CaptioningRun, recipe, overrides or ())
     with joined() as ranks:
-        result = run_captioning(run, out)
+        result = run_captioning(run, out, is_dry=is_dry)
     if ranks.is_first:
-        answer(result, run_text(result), as_json=as_json)
+        answer(result, dry_text(result) if is_dry else run_text(result), as_json=as_json)
 
 
 @finetune_app.command("retrieval")
 def finetune_retrieval(
-    recipe: Recipe, out: NewFolder, overrides: Overrides = None, as_json: AsJson = False
+    recipe: Recipe,
+    out: NewFolder,
+    overrides: Overrides = None,
+    is_dry: IsDry = False,
+    as_json: AsJson = False,
 ) -> None:
     """Fine-tune a model to match images and texts.
 
@@ -137,9 +150,9 @@ def finetune_retrieval(
 
     run = load_recipe(RetrievalRun, recipe, overrides or ())
     with joined() as ranks:
-        result = run_retrieval(run, out)
+        result = run_retrieval(run, out, is_dry=is_dry)
     if ranks.is_first:
-        answer(result, run_text(result), as_json=as_json)
+        answer(result, dry_text(result) if is_dry else run_text(result), as_json=as_json)
 
 
 @capfilt_app.command("run")

@@ -20,7 +20,7 @@ from openblip.training.alignment import Alignment, AlignmentConfig
 from openblip.training.distributed import world
 from openblip.training.loop import StepOutput, TrainingStep
 from openblip.training.optim import OptimizerRecipe
-from openblip.training.pairs import PairRecipe, train_on_pairs
+from openblip.training.pairs import PairRecipe, PairTraining
 from openblip.training.state import TrainingFiles
 
 
@@ -157,6 +157,14 @@ class PretrainStep(TrainingStep):
         self.alignment.after_optimizer_step(self.blip, list(output.entries))
 
 
+def pretraining(recipe: PretrainRecipe, data: Sequence[Path], tokenizer: Tokenizer) -> PairTraining:
+    """Prepare the training of a new model on the kept captions of `data`."""
+    torch.manual_seed(recipe.seed)
+    blip = Blip(recipe.model.build_config(tokenizer))
+    step = PretrainStep(blip, recipe.objective)
+    return PairTraining(step, recipe, data, tokenizer, recipe.model.image_size_px)
+
+
 def pretrain(
     recipe: PretrainRecipe,
     data: Sequence[Path],
@@ -167,44 +175,47 @@ def pretrain(
 ) -> Blip:
     """Train a new model on the kept captions of `data` and return it.
 
-    data       data sets of any kind that `data.sources` reads
+    data  data sets of any kind that `data.sources` reads
     """
-    torch.manual_seed(recipe.seed)
-    blip = Blip(recipe.model.build_config(tokenizer))
-    train_on_pairs(
-        PretrainStep(blip, recipe.objective),
-        recipe,
-        data,
-        tokenizer,
-        image_size_px=recipe.model.image_size_px,
-        files=files,
-        title=title,
-    )
-    return blip
+    training = pretraining(recipe, data, tokenizer)
+    training.run(files, title)
+    assert isinstance(training.step, PretrainStep)
+    return training.step.blip
 
 
-def run_pretraining(run: PretrainRun, out: Path) -> dict[str, Any]:
+def run_pretraining(run: PretrainRun, out: Path, *, is_dry: bool = False) -> dict[str, Any]:
     """Pre-train and save the checkpoint `out`, its losses beside it; return what came out.
 
     A run that was stopped goes on.
+    is_dry  write nothing, and return what it would cost
     Raises ValueError if `out` exists, and for data or a vocabulary that cannot be read.
     """
     check_is_free(out)
     files = TrainingFiles.beside(out)
-    learned = files.state / "tokenizer.json"
     data = [Path(path) for path in run.data]
     shards = [shard for path in data for shard in list_shards(path)]
-    if run.vocabulary is None:
-        if world().is_first and not (files.state / "recipe.yaml").exists():
-            words = Tokenizer.train(kept_captions(shards), vocab_size=run.vocab_size)
-            files.state.mkdir(exist_ok=True)
-            words.save(learned.with_suffix(".tmp"))
-            learned.with_suffix(".tmp").replace(learned)
-        world().wait()
-        tokenizer = Tokenizer.load(learned)
-        note = f"a vocabulary of {tokenizer.vocab_size} words was learned from the captions"
-    else:
+    if run.vocabulary is not None:
         tokenizer = load_tokenizer(run.vocabulary)
         note = f"the vocabulary of {tokenizer.vocab_size} words is that of {run.vocabulary}"
+    else:
+        if is_dry:
+            tokenizer = Tokenizer.train(kept_captions(shards), vocab_size=run.vocab_size)
+        else:
+            tokenizer = _learned(shards, run.vocab_size, files.state)
+        note = f"a vocabulary of {tokenizer.vocab_size} words was learned from the captions"
+    if is_dry:
+        return pretraining(run, data, tokenizer).dry_run().to_json()
     blip = pretrain(run, data, tokenizer, files=files)
     return save_run(out, blip, tokenizer, run, "pre-training", [note])
+
+
+def _learned(shards: Sequence[Path], vocab_size: int, state: Path) -> Tokenizer:
+    """Learn a vocabulary, or read the one that the run which goes on has learned."""
+    path = state / "tokenizer.json"
+    if world().is_first and not (state / "recipe.yaml").exists():
+        words = Tokenizer.train(kept_captions(shards), vocab_size=vocab_size)
+        state.mkdir(exist_ok=True)
+        words.save(path.with_suffix(".tmp"))
+        path.with_suffix(".tmp").replace(path)
+    world().wait()
+    return Tokenizer.load(path)

@@ -232,6 +232,20 @@ class PairStream:
         if problems := self.position.problems:
             _log.warning("%s: not used, by reason, anew in every epoch: %s", title, problems)
 
+    def count_pairs(self, max_samples: int) -> tuple[int, bool]:
+        """Count the pairs of an epoch of all ranks; say whether that is an estimate.
+
+        max_samples  after which the first units are taken for all
+        """
+        num_pairs = num_samples = 0
+        for unit in range(self._num_units):
+            entries = [_Entry(unit, 0, content) for content in self._open(unit, 0)]
+            num_pairs += len(self._shuffled(Block(()), entries)[0])
+            num_samples += len(entries)
+            if num_samples >= max_samples and unit + 1 < self._num_units:
+                return round(num_pairs * self._num_units / (unit + 1)), True
+        return num_pairs, False
+
     def _batches(self) -> Generator[tuple[ImageTextBatch, Position, list[BadSample]]]:
         problems = Counter(self.position.problems)
         num_seen = self.position.num_seen
@@ -354,10 +368,7 @@ class PairStream:
         """Read samples of a unit, fewer where it ends; what follows them stays at hand."""
         reader = self._readers.pop((unit, first), None)
         if reader is None:
-            epoch, place = divmod(unit, self._num_units)
-            shard, part = divmod(_order(self.seed, epoch, self._num_units)[place], self._num_parts)
-            start = part + first * self._num_parts
-            reader = read_entries(self._shards[shard], start=start, step=self._num_parts)
+            reader = self._open(unit, first)
         entries = [
             _Entry(unit, first + index, content)
             for index, content in enumerate(itertools.islice(reader, num))
@@ -365,6 +376,12 @@ class PairStream:
         if len(entries) == num:
             self._readers[unit, first + num] = reader
         return entries
+
+    def _open(self, unit: int, first: int) -> Iterator[Sample | BadSample]:
+        epoch, place = divmod(unit, self._num_units)
+        shard, part = divmod(_order(self.seed, epoch, self._num_units)[place], self._num_parts)
+        start = part + first * self._num_parts
+        return read_entries(self._shards[shard], start=start, step=self._num_parts)
 
     def _shuffled(self, block: Block, entries: list[_Entry]) -> tuple[list[Pair], list[BadSample]]:
         pairs: list[Pair] = []

@@ -14,7 +14,7 @@ from openblip.models.blip import Blip
 from openblip.tokenizer import Tokenizer
 from openblip.training.finetuning import FinetuningRun, run_finetuning
 from openblip.training.loop import StepOutput, TrainingStep
-from openblip.training.pairs import PairRecipe, train_on_pairs
+from openblip.training.pairs import PairRecipe, PairTraining
 from openblip.training.state import TrainingFiles
 
 
@@ -53,6 +53,18 @@ class CaptioningStep(TrainingStep):
         """Write nothing: captioning has neither twin nor queue."""
 
 
+def captioning_training(
+    recipe: CaptioningRecipe, blip: Blip, data: Sequence[Path], tokenizer: Tokenizer
+) -> PairTraining:
+    """Prepare the training of a model with the role `decode`."""
+    torch.manual_seed(recipe.seed)
+    # [CLS] stands where [DEC] will; [SEP] ends the encoded prompt and is no part of it.
+    prompt_length = len(tokenizer.encode(recipe.prompt)) - 1
+    step = CaptioningStep(blip, prompt_length, recipe.label_smoothing)
+    size = blip.config.vision.image_size_px
+    return PairTraining(step, recipe, data, tokenizer, size, recipe.prompt)
+
+
 def finetune_captioning(
     recipe: CaptioningRecipe,
     blip: Blip,
@@ -63,33 +75,21 @@ def finetune_captioning(
     title: str = "captioner",
 ) -> Blip:
     """Train a model with the role `decode` in place and return it."""
-    torch.manual_seed(recipe.seed)
-    # [CLS] stands where [DEC] will; [SEP] ends the encoded prompt and is no part of it.
-    prompt_length = len(tokenizer.encode(recipe.prompt)) - 1
-    train_on_pairs(
-        CaptioningStep(blip, prompt_length, recipe.label_smoothing),
-        recipe,
-        data,
-        tokenizer,
-        image_size_px=blip.config.vision.image_size_px,
-        files=files,
-        title=title,
-        prefix=recipe.prompt,
-    )
+    captioning_training(recipe, blip, data, tokenizer).run(files, title)
     return blip
 
 
-def run_captioning(run: CaptioningRun, out: Path) -> dict[str, Any]:
+def run_captioning(run: CaptioningRun, out: Path, *, is_dry: bool = False) -> dict[str, Any]:
     """Fine-tune and save the checkpoint `out`, its losses beside it; return what came out.
 
     A run that was stopped goes on.
+    is_dry  write nothing, and return what it would cost
     Raises ValueError if `out` exists, and for data or a model that cannot be read or used.
     """
-    title = "captioning"
 
-    def train(blip: Blip, data: list[Path], tokenizer: Tokenizer) -> Blip:
-        return finetune_captioning(
-            run, blip, data, tokenizer, files=TrainingFiles.beside(out), title=title
-        )
+    def prepare(blip: Blip, data: Sequence[Path], tokenizer: Tokenizer) -> PairTraining:
+        return captioning_training(run, blip, data, tokenizer)
 
-    return run_finetuning(run, out, roles=frozenset({"decode"}), title=title, train=train)
+    return run_finetuning(
+        run, out, roles=frozenset({"decode"}), title="captioning", prepare=prepare, is_dry=is_dry
+    )

@@ -15,7 +15,7 @@ from openblip.tokenizer import Tokenizer
 from openblip.training.alignment import Alignment, AlignmentConfig, WrongTexts
 from openblip.training.finetuning import FinetuningRun, run_finetuning
 from openblip.training.loop import StepOutput, TrainingStep
-from openblip.training.pairs import PairRecipe, train_on_pairs
+from openblip.training.pairs import PairRecipe, PairTraining
 from openblip.training.state import TrainingFiles
 
 MAX_NEGATIVE_TEXTS = 100_000
@@ -132,6 +132,23 @@ class RetrievalStep(TrainingStep):
         self.alignment.after_optimizer_step(self.blip, list(output.entries))
 
 
+def retrieval_training(
+    recipe: RetrievalRecipe,
+    blip: Blip,
+    data: Sequence[Path],
+    tokenizer: Tokenizer,
+    negatives: Sequence[Path] = (),
+) -> PairTraining:
+    """Prepare the training of a model with the roles `text` and `pair`.
+
+    negatives  data sets of other images, whose captions are wrong for all of `data`
+    """
+    torch.manual_seed(recipe.seed)
+    wrong_texts = NegativeTexts(negatives, tokenizer, recipe) if negatives else None
+    step = RetrievalStep(blip, recipe, wrong_texts)
+    return PairTraining(step, recipe, data, tokenizer, blip.config.vision.image_size_px)
+
+
 def finetune_retrieval(
     recipe: RetrievalRecipe,
     blip: Blip,
@@ -146,40 +163,29 @@ def finetune_retrieval(
 
     negatives  data sets of other images, whose captions are wrong for all of `data`
     """
-    torch.manual_seed(recipe.seed)
-    wrong_texts = NegativeTexts(negatives, tokenizer, recipe) if negatives else None
-    train_on_pairs(
-        RetrievalStep(blip, recipe, wrong_texts),
-        recipe,
-        data,
-        tokenizer,
-        image_size_px=blip.config.vision.image_size_px,
-        files=files,
-        title=title,
-    )
+    retrieval_training(recipe, blip, data, tokenizer, negatives).run(files, title)
     return blip
 
 
-def run_retrieval(run: RetrievalRun, out: Path) -> dict[str, Any]:
+def run_retrieval(run: RetrievalRun, out: Path, *, is_dry: bool = False) -> dict[str, Any]:
     """Fine-tune and save the checkpoint `out`, its losses beside it; return what came out.
 
     A run that was stopped goes on.
+    is_dry  write nothing, and return what it would cost
     Raises ValueError if `out` exists, and for data or a model that cannot be read or used.
     """
-    title = "retrieval fine-tuning"
     negatives = [Path(path) for path in run.negatives]
     for path in negatives:
         list_shards(path)
 
-    def train(blip: Blip, data: list[Path], tokenizer: Tokenizer) -> Blip:
-        return finetune_retrieval(
-            run,
-            blip,
-            data,
-            tokenizer,
-            files=TrainingFiles.beside(out),
-            title=title,
-            negatives=negatives,
-        )
+    def prepare(blip: Blip, data: Sequence[Path], tokenizer: Tokenizer) -> PairTraining:
+        return retrieval_training(run, blip, data, tokenizer, negatives)
 
-    return run_finetuning(run, out, roles=frozenset({"text", "pair"}), title=title, train=train)
+    return run_finetuning(
+        run,
+        out,
+        roles=frozenset({"text", "pair"}),
+        title="retrieval fine-tuning",
+        prepare=prepare,
+        is_dry=is_dry,
+    )

@@ -1,7 +1,7 @@
 """A fine-tuning as a recipe file describes it: from an earlier model and data to a checkpoint."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ from openblip.hub import load
 from openblip.models.blip import Blip
 from openblip.models.text import Role
 from openblip.tokenizer import Tokenizer
+from openblip.training.pairs import PairTraining
+from openblip.training.state import TrainingFiles
 
 _log = logging.getLogger(__name__)
 
@@ -37,12 +39,14 @@ def run_finetuning(
     *,
     roles: frozenset[Role],
     title: str,
-    train: Callable[[Blip, list[Path], Tokenizer], Blip],
+    prepare: Callable[[Blip, Sequence[Path], Tokenizer], PairTraining],
+    is_dry: bool,
 ) -> dict[str, Any]:
     """Fine-tune and save the checkpoint `out`; return what came out.
 
-    roles  what the new model keeps of that of `init`
-    train  trains a model in place on the data
+    roles    what the new model keeps of that of `init`
+    prepare  the training of a model in place on the data
+    is_dry   write nothing, and return what it would cost
     Raises ValueError if `out` exists, and for data or a model that cannot be read or used.
     """
     check_is_free(out)
@@ -54,5 +58,8 @@ def run_finetuning(
     notes = [f"it starts from {run.init}", *start.notes()]
     for note in notes:
         _log.info("%s", note)
-    train(start.blip, data, tokenizer)
+    training = prepare(start.blip, data, tokenizer)
+    if is_dry:
+        return training.dry_run().to_json()
+    training.run(TrainingFiles.beside(out), title)
     return save_run(out, start.blip, tokenizer, run, title, notes)

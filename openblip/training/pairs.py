@@ -1,6 +1,7 @@
 """Training on image-text pairs: what pre-training and the fine-tunings have in common."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import Field
@@ -10,6 +11,7 @@ from openblip.data.stream import PairStream, start_positions
 from openblip.images import TrainTransform
 from openblip.tokenizer import Tokenizer
 from openblip.training.distributed import world
+from openblip.training.dry_run import DryRun, dry_run
 from openblip.training.loop import Precision, TrainingStep, fit
 from openblip.training.optim import OptimizerRecipe
 from openblip.training.state import SavingRecipe, TrainingFiles, TrainingState
@@ -48,55 +50,72 @@ class PairRecipe(Recipe):
     saving: SavingRecipe = SavingRecipe()
 
 
-def train_on_pairs(
-    step: TrainingStep,
-    recipe: PairRecipe,
-    data: Sequence[Path],
-    tokenizer: Tokenizer,
-    *,
-    image_size_px: int,
-    files: TrainingFiles,
-    title: str,
-    prefix: str = "",
-) -> None:
-    """Train the step's model in place on all kept captions of `data`, or go on with that.
+@dataclass(frozen=True)
+class PairTraining:
+    """A step, and all that its batches are made of.
 
-    With several ranks, each takes its part of the data, and `batch_size` of them at a time.
-
-    data    data sets of any kind that `data.sources` reads
+    data    data sets of any kind that `data.sources` reads; every kept caption is a pair
     prefix  put before every text
-    Raises ValueError if `files` hold the state of another training.
+    With several ranks, each takes its part of the data, and `batch_size` of them at a time.
     """
-    stream = PairStream(
-        data,
-        tokenizer,
-        TrainTransform(
-            image_size_px,
-            recipe.min_crop_scale,
-            recipe.randaugment_ops,
-            recipe.randaugment_magnitude,
-            recipe.flip,
-        ),
-        batch_size=recipe.batch_size,
-        max_tokens=recipe.max_tokens,
-        max_words=recipe.max_words,
-        seed=recipe.seed,
-        prefix=prefix,
-        num_workers=recipe.num_workers,
-        max_bad_fraction=recipe.max_bad_fraction,
-        position=start_positions(world().size)[world().rank],
-    )
-    unchanged = {name: PairRecipe.model_fields[name].default for name in MAY_CHANGE}
-    state = TrainingState(files.state, recipe.saving, recipe.model_copy(update=unchanged))
-    fit(
-        step,
-        stream,
-        recipe.optimizer,
-        num_steps=recipe.num_steps,
-        title=title,
-        log_path=files.log,
-        precision=recipe.precision,
-        accumulation_steps=recipe.accumulation_steps,
-        state=state,
-    )
-    stream.warn_of_problems(title)
+
+    step: TrainingStep
+    recipe: PairRecipe
+    data: Sequence[Path]
+    tokenizer: Tokenizer
+    image_size_px: int
+    prefix: str = ""
+
+    def run(self, files: TrainingFiles, title: str) -> None:
+        """Train the step's model in place, or go on with that.
+
+        Raises ValueError if `files` hold the state of another training.
+        """
+        recipe, stream = self.recipe, self._stream()
+        unchanged = {name: PairRecipe.model_fields[name].default for name in MAY_CHANGE}
+        state = TrainingState(files.state, recipe.saving, recipe.model_copy(update=unchanged))
+        fit(
+            self.step,
+            stream,
+            recipe.optimizer,
+            num_steps=recipe.num_steps,
+            title=title,
+            log_path=files.log,
+            precision=recipe.precision,
+            accumulation_steps=recipe.accumulation_steps,
+            state=state,
+        )
+        stream.warn_of_problems(title)
+
+    def dry_run(self) -> DryRun:
+        """Say what it would cost, from a few steps that are thrown away."""
+        return dry_run(
+            self.step,
+            self._stream(),
+            self.recipe.optimizer,
+            num_steps=self.recipe.num_steps,
+            precision=self.recipe.precision,
+            accumulation_steps=self.recipe.accumulation_steps,
+        )
+
+    def _stream(self) -> PairStream:
+        recipe = self.recipe
+        return PairStream(
+            self.data,
+            self.tokenizer,
+            TrainTransform(
+                self.image_size_px,
+                recipe.min_crop_scale,
+                recipe.randaugment_ops,
+                recipe.randaugment_magnitude,
+                recipe.flip,
+            ),
+            batch_size=recipe.batch_size,
+            max_tokens=recipe.max_tokens,
+            max_words=recipe.max_words,
+            seed=recipe.seed,
+            prefix=self.prefix,
+            num_workers=recipe.num_workers,
+            max_bad_fraction=recipe.max_bad_fraction,
+            position=start_positions(world().size)[world().rank],
+        )
