@@ -191,7 +191,6 @@ def run_pretraining(run: PretrainRun, out: Path, *, is_dry: bool = False) -> dic
     Raises ValueError if `out` exists, and for data or a vocabulary that cannot be read.
     """
     check_is_free(out)
-    files = TrainingFiles.beside(out)
     data = [Path(path) for path in run.data]
     shards = [shard for path in data for shard in list_shards(path)]
     if run.vocabulary is not None:
@@ -201,11 +200,11 @@ def run_pretraining(run: PretrainRun, out: Path, *, is_dry: bool = False) -> dic
         if is_dry:
             tokenizer = Tokenizer.train(kept_captions(shards), vocab_size=run.vocab_size)
         else:
-            tokenizer = _learned(shards, run.vocab_size, files.state)
+            tokenizer = _learned(shards, run.vocab_size, TrainingFiles.beside(out).state)
         note = f"a vocabulary of {tokenizer.vocab_size} words was learned from the captions"
     if is_dry:
         return pretraining(run, data, tokenizer).dry_run().to_json()
-    blip = pretrain(run, data, tokenizer, files=files)
+    blip = pretrain(run, data, tokenizer, files=TrainingFiles.beside(out))
     return save_run(out, blip, tokenizer, run, "pre-training", [note])
 
 

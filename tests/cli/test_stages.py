@@ -9,6 +9,7 @@ import openblip.quickstart
 from openblip.capfilt.bootstrap import BootstrapRecipe
 from openblip.checkpoint import load_checkpoint
 from openblip.config import load_recipe
+from openblip.data.sources import list_shards, read_samples
 from openblip.data.world import WorldConfig
 
 MODEL = (
@@ -104,6 +105,31 @@ def test_finetune_leaves_a_model_of_the_task(
     assert "tensors resized (1): vision.position_embedding" in notes
     assert "image_size_px: 48" in (tmp_path / "m" / "README.md").read_text()
     assert (tmp_path / "m.log.jsonl").is_file()
+
+
+@pytest.mark.parametrize("command", ["pretrain", "finetune captioning", "finetune retrieval"])
+def test_a_dry_run_tells_the_cost_and_writes_nothing(
+    run, recipe, world: Path, model: Path, tmp_path: Path, command: str
+) -> None:
+    text = pretraining(world) if command == "pretrain" else finetuning(world, model)
+    out = tmp_path / "new" / "m"
+    result = run(*command.split(), recipe(text), "--out", out, "--dry-run", "--json",
+                 "--set", "accumulation_steps=2", "--set", "num_steps=100")  # fmt: skip
+    assert result.code == 0, result.err
+    assert not out.parent.exists()
+    cost = result.json
+    assert cost["num_parameters"] >= cost["num_trained"] > 0
+    assert cost["state_bytes"] >= 16 * cost["num_trained"]
+    assert cost["flops_per_step"] > 0
+    samples = [s for f in (("web", "human") if command == "pretrain" else ("human",))
+               for shard in list_shards(world / f)
+               for s in read_samples(shard, on_bad=print)]  # fmt: skip
+    assert cost["pairs_per_epoch"] == sum(len(s.captions) for s in samples)
+    assert not cost["is_estimate"]
+    assert cost["steps_per_epoch"] == cost["pairs_per_epoch"] / 8
+    assert cost["seconds"] == pytest.approx(100 * cost["seconds_per_step"])
+    shown = run(*command.split(), recipe(text), "--out", out, "--dry-run")
+    assert f"{cost['pairs_per_epoch']:,} pairs" in shown.out
 
 
 @pytest.mark.parametrize(

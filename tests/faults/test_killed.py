@@ -126,7 +126,9 @@ def test_two_ranks_that_are_killed_end_as_two_that_were_not(
 
     process = start(command, recipe, killed, 2)
     until(process, 2)
-    os.killpg(process.pid, signal.SIGKILL)
+    # torchrun's processes do not die with it.
+    for pid in (process.pid, *children_of(process.pid)):
+        os.kill(pid, signal.SIGKILL)
     process.wait()
     process = start(command, recipe, killed, 2)
     until(process, 5)
