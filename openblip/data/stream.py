@@ -37,6 +37,9 @@ OPEN_UNITS = 4
 MIN_SEEN = 1000
 """Pairs after which the share of bad ones says something."""
 
+NAMED_SAMPLES = 5
+"""Bad samples of each reason that are named in the log; the others are counted."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -72,6 +75,7 @@ class Position:
     units      begun or left over, to be read next: (unit, samples of it already read)
     next_unit  the first that nobody has begun, of this rank
     num_ranks  the distance to the one after it
+    num_units  of an epoch; 0 before the first batch
     num_seen   pairs taken so far, and samples that could not be read
     problems   how many of them could not be used, by reason
     """
@@ -80,6 +84,7 @@ class Position:
     units: tuple[tuple[int, int], ...] = ()
     next_unit: int = 0
     num_ranks: int = 1
+    num_units: int = 0
     num_seen: int = 0
     problems: Mapping[str, int] = field(default_factory=dict)
 
@@ -92,6 +97,7 @@ class Position:
             "units": [list(unit) for unit in self.units],
             "next_unit": self.next_unit,
             "num_ranks": self.num_ranks,
+            "num_units": self.num_units,
             "num_seen": self.num_seen,
             "problems": dict(self.problems),
         }
@@ -107,6 +113,7 @@ class Position:
             tuple((unit, num_read) for unit, num_read in value["units"]),
             value["next_unit"],
             value["num_ranks"],
+            value["num_units"],
             value["num_seen"],
             dict(value["problems"]),
         )
@@ -143,6 +150,7 @@ def deal_anew(positions: Sequence[Position], num_ranks: int) -> list[Position]:
             units=tuple(units[rank::num_ranks]),
             next_unit=untouched + rank,
             num_ranks=num_ranks,
+            num_units=positions[0].num_units,
             num_seen=sum(position.num_seen for position in positions) if rank == 0 else 0,
             problems=dict(problems) if rank == 0 else {},
         )
@@ -221,10 +229,20 @@ class PairStream:
         self._readers: dict[tuple[int, int], Iterator[Sample | BadSample]] = {}
 
     def __iter__(self) -> Generator[ImageTextBatch]:
+        """Go on from `position`. Raises ValueError if it was of data of other shards."""
+        if self.position.num_units not in {0, self._num_units}:
+            raise ValueError(
+                f"the data have changed since the training was saved: an epoch had "
+                f"{self.position.num_units} units and has {self._num_units}"
+            )
+        self.position = replace(self.position, num_units=self._num_units)
         for batch, position, bad in prefetch(self._batches(), PREFETCHED_BATCHES):
+            named = Counter(self.position.problems)
             self.position = position
             for sample in bad:
-                _log.info("not used: %s (%s)", sample.key, sample.reason)
+                named[sample.reason] += 1
+                if named[sample.reason] <= NAMED_SAMPLES:
+                    _log.warning("not used: sample %s: %s", sample.key, sample.reason)
             yield batch
 
     def warn_of_problems(self, title: str) -> None:

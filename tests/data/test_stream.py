@@ -187,6 +187,10 @@ def test_an_image_is_augmented_anew_each_epoch(tmp_path: Path) -> None:
     assert not torch.equal(first.images, second.images)
 
 
+def many_samples(num: int) -> list[Sample]:
+    return [Sample(f"k{i}", jpeg(i), (Caption(WORDS[i % 8]),)) for i in range(num)]
+
+
 def many(tmp_path: Path, num: int, *, num_shards: int = 3) -> Path:
     """Write samples of one or two captions, some of which cannot be used."""
     every = [
@@ -280,3 +284,23 @@ def test_problems_are_counted_on(tmp_path: Path) -> None:
     first, *others = deal_anew(positions, 3)
     assert (first.num_seen, first.problems) == (21, {"empty": 3})
     assert all((p.num_seen, p.problems) == (0, {}) for p in others)
+
+
+def test_data_that_have_changed_do_not_go_on(tmp_path: Path) -> None:
+    folder = write(tmp_path, *([sample] for sample in many_samples(20)))
+    before = stream(folder)
+    take(before, 2)
+    (folder / "3.tar").unlink()
+    with pytest.raises(ValueError, match="an epoch had 20 units and has 19"):
+        take(stream(folder, position=before.position), 1)
+
+
+def test_the_first_bad_samples_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    bad = [Sample(f"bad{i}", b"no image", (Caption("elk"),)) for i in range(9)]
+    folder = write(tmp_path, [*samples(WORDS[:1]), *bad])
+    part = stream(folder, 1)
+    take(part, 3)
+    named = [record.message for record in caplog.records]
+    assert len(named) == 5
+    assert all("bad" in text and "not_an_image" in text for text in named)
+    assert part.position.problems["not_an_image"] > 5
