@@ -107,7 +107,6 @@ def test_the_warm_up_equals_the_reference(reference: Path) -> None:
 def test_the_soft_target_weight_rises_as_in_the_reference(
     reference: Path, run: str, recipe: type, ramp_epochs: int
 ) -> None:
-    """Learning rates per epoch, as they stand beside the weights, are none of ours."""
     facts = json.loads((reference / "schedules.json").read_text())
     [(name, epochs)] = [item for item in facts.items() if item[0].startswith(run)]
     given = re.search(r"(\d+) epochs of (\d+) batches; alpha (\.?[\d.]+)", name)
@@ -117,6 +116,50 @@ def test_the_soft_target_weight_rises_as_in_the_reference(
     weights = [weight for epoch in epochs for weight, _ in epoch]
     ours = [values.soft_target_weight_at(step) for step in range(len(weights))]
     assert ours == pytest.approx(weights, rel=1e-9)
+
+
+def test_rates_by_the_epoch_equal_the_reference(reference: Path) -> None:
+    facts = json.loads((reference / "schedules.json").read_text())
+    compared = set()
+    for name, epochs in facts.items():
+        run = name.partition(".train")[0]
+        given = dict(re.findall(r"(\w+) (\.?[\d.e-]+)", name.partition("per step;")[2]))
+        if run not in {"pretrain", "train_retrieval"}:
+            continue
+        steps_per_epoch = len(epochs[0])
+        common = {"lr": float(given["init_lr"]), "min_lr": float(given["min_lr"]),
+                  "steps_per_epoch": steps_per_epoch}  # fmt: skip
+        if run == "pretrain":
+            num_steps = 1_000_000
+            recipe = OptimizerRecipe(
+                schedule="exponential", decay_rate=float(given["decay"]),
+                warmup_steps=int(given["warmup_steps"]), warmup_lr=float(given["warmup_lr"]),
+                **common,
+            )  # fmt: skip
+        else:
+            num_steps = int(given["max_epoch"]) * steps_per_epoch
+            recipe = OptimizerRecipe(**common)
+        rates = [rate for epoch in epochs for _, rate in epoch]
+        ours = [learning_rate(recipe, step, num_steps) for step in range(len(rates))]
+        assert ours == pytest.approx(rates, rel=1e-9)
+        compared.add(run)
+    assert len(compared) == 2
+
+
+def test_the_exponential_needs_epochs_and_has_a_floor(reference: Path) -> None:
+    with pytest.raises(ValueError, match="exponential needs steps_per_epoch"):
+        OptimizerRecipe(schedule="exponential")
+    facts = json.loads((reference / "schedules.json").read_text())
+    [(name, rates)] = [item for item in facts.items() if item[0].startswith("step_lr_schedule")]
+    given = re.search(r"init ([\d.e-]+), min ([\d.e-]+), decay ([\d.]+)", name)
+    assert given is not None, name
+    recipe = OptimizerRecipe(
+        lr=float(given[1]), min_lr=float(given[2]), decay_rate=float(given[3]),
+        schedule="exponential", steps_per_epoch=7,
+    )  # fmt: skip
+    ours = [learning_rate(recipe, 7 * epoch + 6, 10_000) for epoch in range(len(rates))]
+    assert ours == pytest.approx(rates, rel=1e-9)
+    assert learning_rate(recipe, 7 * 1000, 10_000) == recipe.min_lr
 
 
 @pytest.mark.parametrize("recipe", [ObjectiveRecipe, RetrievalRecipe])
