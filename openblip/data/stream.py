@@ -30,7 +30,7 @@ from openblip.images import ImageDecodeError, TrainTransform, decode_image
 from openblip.tokenizer import Tokenizer
 
 PREFETCHED_BATCHES = 4
-MIN_UNITS = 16
+MIN_UNITS = 4
 """An epoch has at least as many units, so that several ranks find work in a single shard."""
 OPEN_UNITS = 4
 """Units that a block is read from, so that samples of one shard do not stay together."""

@@ -236,7 +236,7 @@ def test_another_number_of_ranks_reads_every_pair_of_the_epochs_once(
     words = [f"{a} {b}" for a in WORDS for b in WORDS]
     every = [Sample(text, jpeg(), (Caption(text),)) for text in words]
     folder = write(tmp_path, *(every[i::num_shards] for i in range(num_shards)))
-    units = 16 if num_shards == 1 else 20
+    units = 4 if num_shards == 1 else 20
     read: Counter[str] = Counter()
 
     def run(position: Position, num_batches: int) -> Position:
