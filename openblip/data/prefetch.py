@@ -1,6 +1,7 @@
 """Work done ahead of its use, in threads, in its order."""
 
 import contextlib
+import itertools
 import queue
 import threading
 from collections import deque
@@ -11,7 +12,9 @@ from typing import TypeVar
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-JOBS_PER_WORKER = 4
+JOBS_PER_WORKER = 2
+ITEMS_PER_JOB = 8
+"""A small image is decoded faster than a thread is woken."""
 
 
 def prefetch(items: Generator[Item], size: int) -> Generator[Item]:
@@ -60,11 +63,16 @@ def prefetch(items: Generator[Item], size: int) -> Generator[Item]:
 def map_in_order(
     work: Callable[[Item], Result], items: Iterable[Item], pool: ThreadPoolExecutor, num_jobs: int
 ) -> Iterator[Result]:
-    """Yield the results in the order of the items, `num_jobs` items at work in the pool."""
-    jobs: deque[Future[Result]] = deque()
-    for item in items:
-        jobs.append(pool.submit(work, item))
+    """Yield the results in the order of the items; the pool has `num_jobs` jobs to choose from."""
+
+    def work_on(chunk: list[Item]) -> list[Result]:
+        return [work(item) for item in chunk]
+
+    jobs: deque[Future[list[Result]]] = deque()
+    rest = iter(items)
+    while chunk := list(itertools.islice(rest, ITEMS_PER_JOB)):
+        jobs.append(pool.submit(work_on, chunk))
         if len(jobs) >= num_jobs:
-            yield jobs.popleft().result()
+            yield from jobs.popleft().result()
     while jobs:
-        yield jobs.popleft().result()
+        yield from jobs.popleft().result()

@@ -15,7 +15,6 @@ import binascii
 import csv
 import itertools
 import json
-import tarfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -24,6 +23,7 @@ from typing import Any
 
 from openblip.captions import clean_caption
 from openblip.data.samples import Caption, CaptionSource, Sample
+from openblip.data.tar import BrokenTarError, read_tar
 
 IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff"})
 
@@ -130,23 +130,18 @@ def _tar_entries(shard: Path) -> Iterator[Build]:
     """Group consecutive files of one key, as WebDataset does: the key ends at the first dot."""
     key, parts = "", dict[str, bytes]()
     try:
-        with tarfile.open(shard, mode="r|*") as tar:
-            for entry in tar:
-                if not entry.isfile():
-                    continue
-                folder, _, name = entry.name.rpartition("/")
+        with shard.open("rb") as stream:
+            for path, data in read_tar(stream):
+                folder, _, name = path.rpartition("/")
                 stem, _, extension = name.partition(".")
                 new_key = f"{folder}/{stem}" if folder else stem
-                file = tar.extractfile(entry)
-                assert file is not None
-                data = file.read()
                 if new_key != key and parts:
                     yield partial(_build, key, parts)
                     parts = {}
                 key = new_key
                 parts[extension.lower()] = data
-    except (tarfile.TarError, EOFError, OSError) as error:
-        if isinstance(error, OSError) and not isinstance(error, tarfile.TarError) and not key:
+    except (BrokenTarError, OSError) as error:
+        if isinstance(error, OSError) and not key:
             raise ValueError(f"cannot read shard {shard}: {error}") from error
         bad = BadSample(key or shard.name, "truncated_tar" if key else "unreadable_tar")
         yield lambda source: bad

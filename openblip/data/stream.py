@@ -11,18 +11,18 @@ place in the block, and the units that come next.
 import itertools
 import logging
 from collections import Counter, deque
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from openblip.captions import clean_caption, has_left_or_right
 from openblip.data.batches import ImageTextBatch, collate
+from openblip.data.position import Block, Position
 from openblip.data.prefetch import JOBS_PER_WORKER, map_in_order, prefetch
 from openblip.data.samples import Sample
 from openblip.data.sources import BadSample, list_shards, read_entries
@@ -57,108 +57,6 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class Block:
-    """Samples that are shuffled together: (unit, first sample, number of samples) each.
-
-    place  pairs already taken, in the block's random order
-    """
-
-    ranges: tuple[tuple[int, int, int], ...]
-    place: int = 0
-
-
-@dataclass(frozen=True)
-class Position:
-    """Where one rank's stream stands, to the pair.
-
-    blocks     to be finished, the current one first
-    units      begun or left over, to be read next: (unit, samples of it already read)
-    next_unit  the first that nobody has begun, of this rank
-    num_ranks  the distance to the one after it
-    num_units  of an epoch; 0 before the first batch
-    num_seen   pairs taken so far, and samples that could not be read
-    problems   how many of them could not be used, by reason
-    """
-
-    blocks: tuple[Block, ...] = ()
-    units: tuple[tuple[int, int], ...] = ()
-    next_unit: int = 0
-    num_ranks: int = 1
-    num_units: int = 0
-    num_seen: int = 0
-    problems: Mapping[str, int] = field(default_factory=dict)
-
-    def to_json(self) -> dict[str, Any]:
-        """Return what `from_json` reads back."""
-        return {
-            "blocks": [
-                {"ranges": [list(r) for r in b.ranges], "place": b.place} for b in self.blocks
-            ],
-            "units": [list(unit) for unit in self.units],
-            "next_unit": self.next_unit,
-            "num_ranks": self.num_ranks,
-            "num_units": self.num_units,
-            "num_seen": self.num_seen,
-            "problems": dict(self.problems),
-        }
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> "Position":
-        """Read what `to_json` wrote."""
-        return cls(
-            tuple(
-                Block(tuple((g, first, num) for g, first, num in block["ranges"]), block["place"])
-                for block in value["blocks"]
-            ),
-            tuple((unit, num_read) for unit, num_read in value["units"]),
-            value["next_unit"],
-            value["num_ranks"],
-            value["num_units"],
-            value["num_seen"],
-            dict(value["problems"]),
-        )
-
-
-def start_positions(num_ranks: int) -> list[Position]:
-    """Return where each rank begins."""
-    return [Position(next_unit=rank, num_ranks=num_ranks) for rank in range(num_ranks)]
-
-
-def deal_anew(positions: Sequence[Position], num_ranks: int) -> list[Position]:
-    """Return where each of another number of ranks goes on, so that every sample comes once.
-
-    positions  of all ranks that there were, at one step
-    """
-    if len(positions) == num_ranks:
-        return list(positions)
-    untouched = max(position.next_unit for position in positions)
-    blocks = [block for position in positions for block in position.blocks]
-    units = sorted(
-        [unit for position in positions for unit in position.units]
-        + [
-            (unit, 0)
-            for position in positions
-            for unit in range(position.next_unit, untouched, position.num_ranks)
-        ]
-    )
-    problems: Counter[str] = Counter()
-    for position in positions:
-        problems.update(position.problems)
-    return [
-        Position(
-            blocks=tuple(blocks[rank::num_ranks]),
-            units=tuple(units[rank::num_ranks]),
-            next_unit=untouched + rank,
-            num_ranks=num_ranks,
-            num_units=positions[0].num_units,
-            num_seen=sum(position.num_seen for position in positions) if rank == 0 else 0,
-            problems=dict(problems) if rank == 0 else {},
-        )
-        for rank in range(num_ranks)
-    ]
-
-
-@dataclass(frozen=True)
 class _Entry:
     """What a place of a unit holds."""
 
@@ -175,13 +73,15 @@ class _Entry:
 class _Loaded:
     """A block in memory, its pairs in their random order, and where the stream is behind it.
 
-    bad  what could not be read, unless an earlier run has counted it
+    bad    what could not be read, unless an earlier run has counted it
+    ended  units of which nothing is left
     """
 
     block: Block
     pairs: list[Pair]
-    bad: list[BadSample]
     behind: Position
+    bad: Sequence[BadSample] = ()
+    ended: Sequence[int] = ()
 
 
 class PairStream:
@@ -270,14 +170,14 @@ class PairStream:
         images: list[Tensor] = []
         pairs: list[Pair] = []
         bad: list[BadSample] = []
-        without_pair: set[int] = set()
+        useful: set[int] = set()
+        # What was read of these before is not known here.
+        num_useless = -len(self.position.units) - sum(len(b.ranges) for b in self.position.blocks)
         with ThreadPoolExecutor(self.num_workers) as pool:
             for loaded in prefetch(self._blocks(), 1):
                 bad += loaded.bad
                 num_seen += len(loaded.bad)
                 problems.update(sample.reason for sample in loaded.bad)
-                if not loaded.block.place:
-                    without_pair |= {unit for unit, _, _ in loaded.block.ranges}
                 rest = itertools.islice(loaded.pairs, loaded.block.place, None)
                 jobs = map_in_order(
                     self._load_image, rest, pool, JOBS_PER_WORKER * self.num_workers
@@ -288,7 +188,7 @@ class PairStream:
                         bad.append(image)
                         problems[image.reason] += 1
                         continue
-                    without_pair.clear()
+                    useful.add(pair.origin[0])
                     images.append(image)
                     pairs.append(pair)
                     if len(pairs) < self.batch_size:
@@ -299,7 +199,10 @@ class PairStream:
                     )
                     yield self._collate(images, pairs), behind, bad
                     images, pairs, bad = [], [], []
-                self._check(problems, num_seen, is_empty=len(without_pair) >= self._num_units)
+                for unit in loaded.ended:
+                    num_useless = 0 if unit in useful else num_useless + 1
+                    useful.discard(unit)
+                self._check(problems, num_seen, is_empty=num_useless >= self._num_units)
 
     def _check(self, problems: Counter[str], num_seen: int, *, is_empty: bool) -> None:
         where = ", ".join(map(str, self.paths))
@@ -339,12 +242,14 @@ class PairStream:
                 entry for unit, first, num in block.ranges for entry in self._read(unit, first, num)
             ]
             pairs, _ = self._shuffled(block, entries)
-            yield _Loaded(block, pairs, [], replace(position, blocks=position.blocks[index + 1 :]))
+            yield _Loaded(block, pairs, replace(position, blocks=position.blocks[index + 1 :]))
         position = replace(position, blocks=())
         while True:
             block, entries, position = self._fill(position)
             pairs, bad = self._shuffled(block, entries)
-            yield _Loaded(block, pairs, bad, position)
+            left = {unit for unit, _ in position.units}
+            ended = [unit for unit, _, _ in block.ranges if unit not in left]
+            yield _Loaded(block, pairs, position, bad, ended)
 
     def _fill(self, position: Position) -> tuple[Block, list[_Entry], Position]:
         """Read the next block, of one epoch, in turns from the units that are open."""

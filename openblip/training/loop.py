@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from openblip.data.batches import ImageTextBatch
-from openblip.data.stream import Position
+from openblip.data.position import Position
 from openblip.training.curves import write_curves
 from openblip.training.distributed import world
 from openblip.training.log import MeasureFile, ProgressLine

@@ -7,7 +7,8 @@ from pathlib import Path
 from pydantic import Field
 
 from openblip.config import Recipe
-from openblip.data.stream import PairStream, start_positions
+from openblip.data.position import start_positions
+from openblip.data.stream import PairStream
 from openblip.images import TrainTransform
 from openblip.tokenizer import Tokenizer
 from openblip.training.distributed import world

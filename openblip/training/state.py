@@ -25,8 +25,8 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
 from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from openblip.config import Recipe, dump_recipe
+from openblip.data.position import Position, deal_anew
 from openblip.data.sinks import write_bytes_atomically, write_json_atomically
-from openblip.data.stream import Position, deal_anew
 from openblip.training.distributed import World, world
 
 # DCP tells a single process so at every save; it is what is meant.

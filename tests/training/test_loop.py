@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from openblip.data.batches import ImageTextBatch
-from openblip.data.stream import Position
+from openblip.data.position import Position
 from openblip.training.loop import LOG_EVERY_STEPS, StepOutput, TrainingStep, fit
 from openblip.training.optim import OptimizerRecipe, learning_rate
 

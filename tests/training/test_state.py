@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from openblip.config import Recipe
+from openblip.data.position import Position
 from openblip.data.sources import kept_captions
-from openblip.data.stream import Position
 from openblip.data.world import WorldConfig, draw_world
 from openblip.finetune.captioning import CaptioningRecipe, finetune_captioning
 from openblip.finetune.retrieval import RetrievalRecipe, finetune_retrieval
