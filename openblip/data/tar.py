@@ -1,7 +1,7 @@
 """Reading tar files from start to end, several times as fast as the standard library's module.
 
 A training reads every shard in every epoch, and for an image of a few kilobytes `tarfile` spends
-more time on the header than on the rest. Formats: POSIX (ustar and pax) and GNU, as all tools write.
+more time on the header than on the rest. Formats: POSIX (ustar, pax) and GNU, as all tools write.
 """
 
 from collections.abc import Iterator
