@@ -9,7 +9,7 @@ from openblip.page import Html, note, tag
 
 MOST_POINTS = 120
 _NUM_COLORS = 6
-_WIDTH, _LEFT, _SIDE_LABEL = 440, 44, 64
+_WIDTH, _LEFT, _SIDE_LABEL = 440, 52, 64
 """440 units across stay readable on a phone, without scrolling."""
 _DASHES = ("none", "7 3", "2 3", "9 3 2 3", "4 4", "12 3")
 
