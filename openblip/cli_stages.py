@@ -1,7 +1,8 @@
 """The commands that run stages: the whole loop, trainings, CapFilt; `cli` takes them up."""
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -102,11 +103,17 @@ def pretrain(
     See recipes/pretrain.yaml.
     """
     from openblip.pretrain import PretrainRun, run_pretraining
-    from openblip.training.distributed import joined
 
     run = load_recipe(PretrainRun, recipe, overrides or ())
+    _train(lambda: run_pretraining(run, out, is_dry=is_dry), is_dry=is_dry, as_json=as_json)
+
+
+def _train(run: Callable[[], dict[str, Any]], *, is_dry: bool, as_json: bool) -> None:
+    """Run a training as one of the processes that torchrun started; the first one answers."""
+    from openblip.training.distributed import joined
+
     with joined() as ranks:
-        result = run_pretraining(run, out, is_dry=is_dry)
+        result = run()
     if ranks.is_first:
         answer(result, dry_text(result) if is_dry else run_text(result), as_json=as_json)
 
@@ -124,13 +131,9 @@ def finetune_captioning(
     See recipes/finetune_captioning.yaml.
     """
     from openblip.finetune.captioning import CaptioningRun, run_captioning
-    from openblip.training.distributed import joined
 
     run = load_recipe(CaptioningRun, recipe, overrides or ())
-    with joined() as ranks:
-        result = run_captioning(run, out, is_dry=is_dry)
-    if ranks.is_first:
-        answer(result, dry_text(result) if is_dry else run_text(result), as_json=as_json)
+    _train(lambda: run_captioning(run, out, is_dry=is_dry), is_dry=is_dry, as_json=as_json)
 
 
 @finetune_app.command("retrieval")
@@ -146,13 +149,9 @@ def finetune_retrieval(
     CapFilt's filter is one of these. See recipes/finetune_retrieval.yaml.
     """
     from openblip.finetune.retrieval import RetrievalRun, run_retrieval
-    from openblip.training.distributed import joined
 
     run = load_recipe(RetrievalRun, recipe, overrides or ())
-    with joined() as ranks:
-        result = run_retrieval(run, out, is_dry=is_dry)
-    if ranks.is_first:
-        answer(result, dry_text(result) if is_dry else run_text(result), as_json=as_json)
+    _train(lambda: run_retrieval(run, out, is_dry=is_dry), is_dry=is_dry, as_json=as_json)
 
 
 @capfilt_app.command("run")

@@ -162,7 +162,7 @@ def pretraining(recipe: PretrainRecipe, data: Sequence[Path], tokenizer: Tokeniz
     torch.manual_seed(recipe.seed)
     blip = Blip(recipe.model.build_config(tokenizer))
     step = PretrainStep(blip, recipe.objective)
-    return PairTraining(step, recipe, data, tokenizer, recipe.model.image_size_px)
+    return PairTraining(step, blip, recipe, data, tokenizer)
 
 
 def pretrain(
@@ -179,8 +179,7 @@ def pretrain(
     """
     training = pretraining(recipe, data, tokenizer)
     training.run(files, title)
-    assert isinstance(training.step, PretrainStep)
-    return training.step.blip
+    return training.blip
 
 
 def run_pretraining(run: PretrainRun, out: Path, *, is_dry: bool = False) -> dict[str, Any]:
@@ -192,15 +191,16 @@ def run_pretraining(run: PretrainRun, out: Path, *, is_dry: bool = False) -> dic
     """
     check_is_free(out)
     data = [Path(path) for path in run.data]
-    shards = [shard for path in data for shard in list_shards(path)]
+    for path in data:
+        list_shards(path)
     if run.vocabulary is not None:
         tokenizer = load_tokenizer(run.vocabulary)
         note = f"the vocabulary of {tokenizer.vocab_size} words is that of {run.vocabulary}"
     else:
         if is_dry:
-            tokenizer = Tokenizer.train(kept_captions(shards), vocab_size=run.vocab_size)
+            tokenizer = Tokenizer.train(kept_captions(data), vocab_size=run.vocab_size)
         else:
-            tokenizer = _learned(shards, run.vocab_size, TrainingFiles.beside(out).state)
+            tokenizer = _learned(data, run.vocab_size, TrainingFiles.beside(out).state)
         note = f"a vocabulary of {tokenizer.vocab_size} words was learned from the captions"
     if is_dry:
         return pretraining(run, data, tokenizer).dry_run().to_json()
@@ -208,13 +208,12 @@ def run_pretraining(run: PretrainRun, out: Path, *, is_dry: bool = False) -> dic
     return save_run(out, blip, tokenizer, run, "pre-training", [note])
 
 
-def _learned(shards: Sequence[Path], vocab_size: int, state: Path) -> Tokenizer:
+def _learned(data: Sequence[Path], vocab_size: int, state: Path) -> Tokenizer:
     """Learn a vocabulary, or read the one that the run which goes on has learned."""
     path = state / "tokenizer.json"
     if world().is_first and not (state / "recipe.yaml").exists():
-        words = Tokenizer.train(kept_captions(shards), vocab_size=vocab_size)
+        learned = Tokenizer.train(kept_captions(data), vocab_size=vocab_size)
         state.mkdir(exist_ok=True)
-        words.save(path.with_suffix(".tmp"))
-        path.with_suffix(".tmp").replace(path)
+        learned.save(path)
     world().wait()
     return Tokenizer.load(path)

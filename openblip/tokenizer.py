@@ -13,6 +13,7 @@ from tokenizers import Tokenizer as RawTokenizer
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor
 
+from openblip.data.sinks import write_bytes_atomically
 from openblip.models.text import SpecialTokens
 
 BASE_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -102,8 +103,8 @@ class Tokenizer:
         return cls(RawTokenizer.from_file(str(path)))
 
     def save(self, path: str | Path) -> None:
-        """Write a `tokenizer.json`."""
-        self._raw.save(str(path))
+        """Write a `tokenizer.json`, whole or not at all."""
+        write_bytes_atomically(path, self._raw.to_str(pretty=True).encode())
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of one text, [CLS] to [SEP]."""

@@ -161,9 +161,7 @@ class _Loop:
                 for sample in _samples(folder)
                 for caption in sample.captions
             )
-            temporary = path.with_suffix(".tmp")
-            Tokenizer.train(texts, vocab_size=self.recipe.vocab_size).save(temporary)
-            temporary.replace(path)
+            Tokenizer.train(texts, vocab_size=self.recipe.vocab_size).save(path)
         return Tokenizer.load(path)
 
     def _model(self, name: str, train: Callable[[], Blip]) -> Blip:

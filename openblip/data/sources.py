@@ -113,16 +113,23 @@ def read_entries(
         yield build(default_source)
 
 
-def kept_captions(shards: Iterable[str | Path], max_words: int = 50) -> Iterator[str]:
-    """Yield the cleaned texts of all kept captions, for what needs no images.
+def kept_texts(sample: Sample, max_words: int) -> Iterator[tuple[int, str]]:
+    """Yield number and cleaned text of every caption that is for training."""
+    for number, caption in enumerate(sample.captions):
+        text = clean_caption(caption.text, max_words)
+        if caption.drop_reason is None and text:
+            yield number, text
+
+
+def kept_captions(data: Iterable[str | Path], max_words: int = 50) -> Iterator[str]:
+    """Yield the cleaned texts of all kept captions of data sets, for what needs no images.
 
     What cannot be used is passed over: it is counted where the images are read.
     """
-    for shard in shards:
-        for sample in read_samples(shard, on_bad=lambda key, reason: None):
-            for caption in sample.captions:
-                text = clean_caption(caption.text, max_words)
-                if caption.drop_reason is None and text:
+    for path in data:
+        for shard in list_shards(path):
+            for sample in read_samples(shard, on_bad=lambda key, reason: None):
+                for _, text in kept_texts(sample, max_words):
                     yield text
 
 

@@ -20,12 +20,12 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from openblip.captions import clean_caption, has_left_or_right
+from openblip.captions import has_left_or_right
 from openblip.data.batches import ImageTextBatch, collate
 from openblip.data.position import Block, Position
 from openblip.data.prefetch import JOBS_PER_WORKER, map_in_order, prefetch
 from openblip.data.samples import Sample
-from openblip.data.sources import BadSample, list_shards, read_entries
+from openblip.data.sources import BadSample, kept_texts, list_shards, read_entries
 from openblip.images import ImageDecodeError, TrainTransform, decode_image
 from openblip.tokenizer import Tokenizer
 
@@ -157,9 +157,10 @@ class PairStream:
         """
         num_pairs = num_samples = 0
         for unit in range(self._num_units):
-            entries = [_Entry(unit, 0, content) for content in self._open(unit, 0)]
-            num_pairs += len(self._shuffled(Block(()), entries)[0])
-            num_samples += len(entries)
+            for content in self._open(unit, 0):
+                num_samples += 1
+                if isinstance(content, Sample):
+                    num_pairs += len(list(kept_texts(content, self.max_words)))
             if num_samples >= max_samples and unit + 1 < self._num_units:
                 return round(num_pairs * self._num_units / (unit + 1)), True
         return num_pairs, False
@@ -261,10 +262,7 @@ class PairStream:
         opened: list[int] = []
         while num_samples < self.block_size and num_bytes < self.block_bytes:
             while len(opened) < OPEN_UNITS:
-                if waiting:
-                    unit, first = waiting[0]
-                else:
-                    unit, first = next_unit, 0
+                unit, first = waiting[0] if waiting else (next_unit, 0)
                 if unit // self._num_units != epoch:
                     break
                 if waiting:
@@ -314,13 +312,9 @@ class PairStream:
                 bad.append(entry.content)
                 continue
             sample = entry.content
-            for number, caption in enumerate(sample.captions):
-                text = clean_caption(caption.text, self.max_words)
-                if caption.drop_reason is None and text:
-                    origin = (entry.unit, entry.place, number)
-                    pairs.append(Pair(sample.key, sample.image_bytes, text, origin))
-        if not block.ranges:
-            return pairs, bad
+            for number, text in kept_texts(sample, self.max_words):
+                origin = (entry.unit, entry.place, number)
+                pairs.append(Pair(sample.key, sample.image_bytes, text, origin))
         rng = np.random.default_rng([self.seed, *block.ranges[0][:2]])
         return [pairs[place] for place in rng.permutation(len(pairs))], bad
 

@@ -61,8 +61,7 @@ def captioning_training(
     # [CLS] stands where [DEC] will; [SEP] ends the encoded prompt and is no part of it.
     prompt_length = len(tokenizer.encode(recipe.prompt)) - 1
     step = CaptioningStep(blip, prompt_length, recipe.label_smoothing)
-    size = blip.config.vision.image_size_px
-    return PairTraining(step, recipe, data, tokenizer, size, recipe.prompt)
+    return PairTraining(step, blip, recipe, data, tokenizer, recipe.prompt)
 
 
 def finetune_captioning(

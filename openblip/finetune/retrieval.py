@@ -64,8 +64,7 @@ class NegativeTexts:
         self._tokenizer, self._recipe = tokenizer, recipe
         self._texts: list[str] = []
         rng = np.random.default_rng(recipe.seed)
-        shards = [shard for path in data for shard in list_shards(path)]
-        for number, text in enumerate(kept_captions(shards, recipe.max_words)):
+        for number, text in enumerate(kept_captions(data, recipe.max_words)):
             if number < MAX_NEGATIVE_TEXTS:
                 self._texts.append(text)
                 continue
@@ -146,7 +145,7 @@ def retrieval_training(
     torch.manual_seed(recipe.seed)
     wrong_texts = NegativeTexts(negatives, tokenizer, recipe) if negatives else None
     step = RetrievalStep(blip, recipe, wrong_texts)
-    return PairTraining(step, recipe, data, tokenizer, blip.config.vision.image_size_px)
+    return PairTraining(step, blip, recipe, data, tokenizer)
 
 
 def finetune_retrieval(

@@ -188,12 +188,11 @@ class Alignment(nn.Module):
             candidate_image, candidate_text = momentum_image, momentum_text
         else:
             candidate_image, candidate_text = image_embedding, text_embedding
-        own = Candidates(
+        candidates = Candidates(
             context, token_ids, text_mask, candidate_image, candidate_text, image_ids, text_ids
         )
-        candidates = own
         if self.config.negatives == "all_ranks":
-            candidates = own.of_all_ranks(blip, image_states)
+            candidates = candidates.of_all_ranks(blip, image_states)
         with torch.no_grad():
             same = self._is_positive(
                 image_ids, text_ids, candidates.image_ids, candidates.text_ids, candidates.first

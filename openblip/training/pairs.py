@@ -10,6 +10,7 @@ from openblip.config import Recipe
 from openblip.data.position import start_positions
 from openblip.data.stream import PairStream
 from openblip.images import TrainTransform
+from openblip.models.blip import Blip
 from openblip.tokenizer import Tokenizer
 from openblip.training.distributed import world
 from openblip.training.dry_run import DryRun, dry_run
@@ -53,7 +54,7 @@ class PairRecipe(Recipe):
 
 @dataclass(frozen=True)
 class PairTraining:
-    """A step, and all that its batches are made of.
+    """A step on a model, and all that its batches are made of.
 
     data    data sets of any kind that `data.sources` reads; every kept caption is a pair
     prefix  put before every text
@@ -61,10 +62,10 @@ class PairTraining:
     """
 
     step: TrainingStep
+    blip: Blip
     recipe: PairRecipe
     data: Sequence[Path]
     tokenizer: Tokenizer
-    image_size_px: int
     prefix: str = ""
 
     def run(self, files: TrainingFiles, title: str) -> None:
@@ -105,7 +106,7 @@ class PairTraining:
             self.data,
             self.tokenizer,
             TrainTransform(
-                self.image_size_px,
+                self.blip.config.vision.image_size_px,
                 recipe.min_crop_scale,
                 recipe.randaugment_ops,
                 recipe.randaugment_magnitude,

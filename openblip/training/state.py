@@ -88,7 +88,6 @@ class TrainingState:
         """
         self.folder, self.recipe = folder, saving
         path, text = folder / "recipe.yaml", dump_recipe(training)
-        world().wait()
         if world().is_first and not path.exists():
             folder.mkdir(parents=True, exist_ok=True)
             write_bytes_atomically(path, text.encode())
