@@ -7,10 +7,10 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -25,6 +25,11 @@ from openblip.training.distributed import world
 from openblip.training.state import TrainingFiles
 
 FILES = ("config.json", "model.safetensors", "tokenizer.json", "README.md")
+
+# What a checkpoint can hold.
+Model = Blip
+C = TypeVar("C")
+M = TypeVar("M", bound=Model)
 
 _POSITIONS = "vision.position_embedding"
 
@@ -47,7 +52,7 @@ class Initialised:
         ]
 
 
-def save_checkpoint(folder: str | Path, blip: Blip, tokenizer: Tokenizer, card: str) -> None:
+def save_checkpoint(folder: str | Path, model: Model, tokenizer: Tokenizer, card: str) -> None:
     """Write a model, its tokenizer and its model card (Markdown); the folder appears whole.
 
     Raises ValueError if something is there already.
@@ -57,9 +62,9 @@ def save_checkpoint(folder: str | Path, blip: Blip, tokenizer: Tokenizer, card: 
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     temporary.mkdir(parents=True)
     try:
-        tensors = {name: value.contiguous() for name, value in blip.state_dict().items()}
+        tensors = {name: value.contiguous() for name, value in model.state_dict().items()}
         save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
-        write_json_atomically(temporary / "config.json", blip.config.to_json())
+        write_json_atomically(temporary / "config.json", model.config.to_json())
         tokenizer.save(temporary / "tokenizer.json")
         (temporary / "README.md").write_text(card, encoding="utf-8")
         temporary.rename(folder)
@@ -76,23 +81,37 @@ def check_is_free(folder: Path) -> None:
 def load_checkpoint(folder: str | Path) -> tuple[Blip, Tokenizer]:
     """Read a folder strictly; the model is in eval mode.
 
-    Raises ValueError listing files that are absent, and weights that are missing, extra or of
-    another shape.
+    Raises ValueError for a model of another task, and listing files that are absent, and weights
+    that are missing, extra or of another shape.
     """
+    return _load(folder, None, BlipConfig.from_json, Blip)
+
+
+def _load(
+    folder: str | Path,
+    task: str | None,
+    read_config: Callable[[Mapping[str, Any]], C],
+    build: Callable[[C], M],
+) -> tuple[M, Tokenizer]:
+    """Read a folder as `load_checkpoint` does; a Blip's `config.json` names no task."""
     folder = Path(folder)
     absent = [name for name in FILES[:3] if not (folder / name).is_file()]
     if absent:
         raise ValueError(f"{folder} is no checkpoint: it lacks {', '.join(absent)}")
     try:
-        config = BlipConfig.from_json(json.loads((folder / "config.json").read_text("utf-8")))
-    except (KeyError, TypeError, ValueError) as error:
+        values = json.loads((folder / "config.json").read_text("utf-8"))
+        found = values.pop("task", None)
+        if found != task:
+            raise ValueError(f"a model for {found or 'no task'}, expected {task or 'no task'}")
+        config = read_config(values)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{folder / 'config.json'}: {error}") from error
     try:
         tensors = load_file(folder / "model.safetensors")
     except SafetensorError as error:
         raise ValueError(f"{folder / 'model.safetensors'}: {error}") from error
-    blip = Blip(config)
-    own = blip.state_dict()
+    model = build(config)
+    own = model.state_dict()
     problems = [f"missing {name}" for name in sorted(own.keys() - tensors.keys())]
     problems += [f"extra {name}" for name in sorted(tensors.keys() - own.keys())]
     problems += [
@@ -102,8 +121,8 @@ def load_checkpoint(folder: str | Path) -> tuple[Blip, Tokenizer]:
     ]
     if problems:
         raise ValueError(f"{folder / 'model.safetensors'}: {'; '.join(problems)}")
-    blip.load_state_dict(tensors)
-    return blip.eval(), load_tokenizer(folder)
+    model.load_state_dict(tensors)
+    return model.eval(), load_tokenizer(folder)
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
@@ -220,11 +239,11 @@ What it knows is what its data say: see the recipe's `data`. It has been evaluat
     return result
 
 
-def model_id(blip: Blip) -> str:
+def model_id(model: Model) -> str:
     """Return a 16-digit hash of the weights, names and configuration."""
     digest = hashlib.blake2b(digest_size=8)
-    digest.update(json.dumps(blip.config.to_json(), sort_keys=True).encode())
-    for name, tensor in sorted(blip.state_dict().items()):
+    digest.update(json.dumps(model.config.to_json(), sort_keys=True).encode())
+    for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()

@@ -6,7 +6,7 @@ width, V vocabulary.
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,8 @@ from torch.nn import functional as F
 
 from openblip.models.text import Context, DecoderCache, Med, MedConfig, Role, SpecialTokens
 from openblip.models.vision import VisionConfig, VisionTransformer
+
+P = TypeVar("P")
 
 INITIAL_TEMPERATURE = 0.07
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.001, 0.5
@@ -53,23 +55,26 @@ class BlipConfig:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "BlipConfig":
         """Rebuild from `to_json`. Raises ValueError naming keys that are missing or unknown."""
-        parts: dict[str, type[Any]] = {
-            "vision": VisionConfig,
-            "text": MedConfig,
-            "tokens": SpecialTokens,
-        }
-        _check_keys("config", values, cls)
-        built: dict[str, Any] = {"embedding_width": values["embedding_width"]}
-        for name, part in parts.items():
-            _check_keys(name, values[name], part)
-            arguments = dict(values[name])
-            if name == "text":
-                arguments["roles"] = frozenset(arguments["roles"])
-            built[name] = part(**arguments)
-        return cls(**built)
+        check_keys("config", values, cls)
+        return cls(
+            vision=part_from_json("vision", values["vision"], VisionConfig),
+            text=part_from_json("text", values["text"], MedConfig),
+            tokens=part_from_json("tokens", values["tokens"], SpecialTokens),
+            embedding_width=values["embedding_width"],
+        )
 
 
-def _check_keys(where: str, values: Mapping[str, Any], part: type[Any]) -> None:
+def part_from_json(where: str, values: Mapping[str, Any], part: type[P]) -> P:
+    """Rebuild one part of a configuration. Raises ValueError as `check_keys` does."""
+    check_keys(where, values, part)
+    arguments = dict(values)
+    if "roles" in arguments:
+        arguments["roles"] = frozenset(arguments["roles"])
+    return part(**arguments)
+
+
+def check_keys(where: str, values: Mapping[str, Any], part: type[Any]) -> None:
+    """Raise ValueError naming the fields of a dataclass that are missing, and unknown keys."""
     expected = {field.name for field in fields(part)}
     missing, unknown = expected - set(values), set(values) - expected
     if missing or unknown:
