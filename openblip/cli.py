@@ -7,6 +7,7 @@ a sentence on stderr; 130 for Ctrl-C. Any other error is ours and keeps its trac
 Imports of torch, and of what imports it, stand inside the commands: --help must not wait for it.
 """
 
+import errno
 import io
 import logging
 import sys
@@ -40,9 +41,12 @@ class _Commands(TyperGroup):
         except (ValueError, FloatingPointError) as error:
             say(f"error: {error}")
         except OSError as error:
-            if error.filename is None:
+            is_full = error.errno in {errno.ENOSPC, errno.EDQUOT}
+            if error.filename is None and not is_full:
                 raise
-            say(f"error: {error.filename}: {error.strerror}")
+            where = "" if error.filename is None else f"{error.filename}: "
+            room = "; make room, and run the same command again" if is_full else ""
+            say(f"error: {where}{error.strerror}{room}")
         raise typer.Exit(EXIT_USER_ERROR)
 
 

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
 from torch.distributed.checkpoint.state_dict_saver import async_save
@@ -156,12 +157,20 @@ class TrainingState:
         """
         if self._saving is None:
             return
-        self._saving.result()
-        self._saving = None
+        saving, self._saving = self._saving, None
+        try:
+            saving.result()
+        except CheckpointException as error:
+            for cause, _ in error.failures.values():
+                if isinstance(cause, OSError):
+                    raise OSError(cause.errno, cause.strerror, str(self.folder)) from error
+            raise
         if not world().is_first:
             return
-        for folder in self._saved()[: -self.recipe.keep_last]:
-            shutil.rmtree(folder)
+        kept = self._saved()[-self.recipe.keep_last :]
+        for folder in self.folder.glob("step-*"):
+            if folder not in kept:  # too old, or interrupted
+                shutil.rmtree(folder)
 
     def load(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> Resumed | None:
         """Bring the last state back into module, optimizer and random numbers.
