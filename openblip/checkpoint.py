@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from openblip.config import Recipe, dump_recipe
 from openblip.data.sinks import write_json_atomically
 from openblip.models.blip import Blip, BlipConfig
+from openblip.models.nlvr import Nlvr, NlvrConfig
 from openblip.models.text import Role
 from openblip.models.vision import resize_position_embedding
 from openblip.tokenizer import Tokenizer
@@ -27,9 +28,9 @@ from openblip.training.state import TrainingFiles
 FILES = ("config.json", "model.safetensors", "tokenizer.json", "README.md")
 
 # What a checkpoint can hold.
-Model = Blip
+Model = Blip | Nlvr
 C = TypeVar("C")
-M = TypeVar("M", bound=Model)
+M = TypeVar("M", Blip, Nlvr)
 
 _POSITIONS = "vision.position_embedding"
 
@@ -85,6 +86,11 @@ def load_checkpoint(folder: str | Path) -> tuple[Blip, Tokenizer]:
     that are missing, extra or of another shape.
     """
     return _load(folder, None, BlipConfig.from_json, Blip)
+
+
+def load_nlvr_checkpoint(folder: str | Path) -> tuple[Nlvr, Tokenizer]:
+    """Read the folder of a model for NLVR2, as `load_checkpoint` does."""
+    return _load(folder, "nlvr", NlvrConfig.from_json, Nlvr)
 
 
 def _load(

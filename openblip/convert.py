@@ -8,22 +8,23 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Generic, Literal, TypeVar
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from openblip import convert_official, convert_transformers
-from openblip.checkpoint import load_checkpoint, model_id, save_checkpoint, with_roles
+from openblip.checkpoint import Model, load_checkpoint, model_id, save_checkpoint, with_roles
 from openblip.convert_official import OfficialKind, official_config
 from openblip.convert_transformers import ROLES_OF, Architecture
 from openblip.convert_weights import (
     from_official,
     listing,
+    nlvr_names,
     official_names,
     read_tensors,
     reason_to_leave_out,
@@ -33,6 +34,7 @@ from openblip.convert_weights import (
 )
 from openblip.data.sinks import write_json_atomically
 from openblip.models.blip import INITIAL_TEMPERATURE, Blip, BlipConfig
+from openblip.models.nlvr import Nlvr
 from openblip.models.text import Role
 from openblip.tokenizer import Tokenizer
 
@@ -40,6 +42,8 @@ __all__ = [
     "ConversionReport", "Converted", "convert_to_openblip", "convert_to_transformers",
     "from_official", "official_config", "official_names", "read_foreign", "to_official",
 ]  # fmt: skip
+
+M = TypeVar("M", Blip, Nlvr)
 
 HEADS = ("image_projection", "text_projection", "match_head")
 
@@ -65,10 +69,10 @@ class ConversionReport:
 
 
 @dataclass(frozen=True)
-class Converted:
+class Converted(Generic[M]):
     """A model in memory, in eval mode, with its tokenizer."""
 
-    blip: Blip
+    model: M
     tokenizer: Tokenizer
     report: ConversionReport
 
@@ -82,14 +86,14 @@ def convert_to_openblip(
     """
     _check_is_free(folder)
     converted = read_foreign(source, config=config, vocabulary=vocabulary)
-    card = _card(folder.name, source.name, converted.blip, converted.report, "openblip")
-    save_checkpoint(folder, converted.blip, converted.tokenizer, card)
+    card = _card(folder.name, source.name, converted.model, converted.report, "openblip")
+    save_checkpoint(folder, converted.model, converted.tokenizer, card)
     return converted.report
 
 
 def read_foreign(
     source: Path, *, config: Path | None = None, vocabulary: Path | None = None
-) -> Converted:
+) -> Converted[Blip] | Converted[Nlvr]:
     """Read a model that is not ours.
 
     source      released checkpoint (.pth, .safetensors) or transformers folder
@@ -102,7 +106,22 @@ def read_foreign(
         return _read_official(source, config, vocabulary)
     if config is not None:
         raise ValueError(f"{source} has a config.json of its own: leave {config} out")
-    return _read_transformers(source, vocabulary)
+    return read_transformers(source, vocabulary)
+
+
+def read_transformers(folder: Path, vocabulary: Path | None = None) -> Converted[Blip]:
+    """Read a transformers folder, as `read_foreign` does."""
+    values = convert_transformers.read_config(folder)
+    tensors = convert_transformers.read_weights(folder)
+    kind = convert_transformers.architecture_of(tensors)
+    # Words that were added later are in tokenizer.json alone.
+    tokenizer = _tokenizer(vocabulary, folder, ("tokenizer.json", "vocab.txt"))
+    sizes = convert_transformers.config_from_transformers(values, ROLES_OF[kind], tokenizer.special)
+    temperature = convert_transformers.temperature_of(values)
+    notes = convert_transformers.notes_on(values, ROLES_OF[kind])
+    names = transformers_names(sizes)
+    model = _without_memory(lambda: Blip(sizes))
+    return _assemble(folder, kind, tensors, model, names, tokenizer, temperature, notes)
 
 
 def convert_to_transformers(
@@ -161,7 +180,9 @@ def convert_to_transformers(
     return report
 
 
-def _read_official(source: Path, config: Path | None, vocabulary: Path | None) -> Converted:
+def _read_official(
+    source: Path, config: Path | None, vocabulary: Path | None
+) -> Converted[Blip] | Converted[Nlvr]:
     tensors = read_tensors(source)
     kind = convert_official.official_kind(tensors)
     # Beside a released checkpoint lies BERT's vocabulary under its authors' name.
@@ -180,6 +201,10 @@ def _read_official(source: Path, config: Path | None, vocabulary: Path | None) -
         sizes = convert_official.read_official_config(config)
         notes = [f"sizes from {config.name}"]
     sizes = sizes.with_roles(convert_official.roles_of(kind))
+    if kind == "nlvr":
+        nlvr_config = convert_official.nlvr_config(sizes, tensors)
+        nlvr, names = _without_memory(lambda: Nlvr(nlvr_config)), nlvr_names(nlvr_config)
+        return _assemble(source, kind, tensors, nlvr, names, tokenizer, None, notes)
     names = official_names(sizes)
     if kind in {"itm", "base"}:
         del names["temperature"]
@@ -190,37 +215,26 @@ def _read_official(source: Path, config: Path | None, vocabulary: Path | None) -
             "no projections and no matching head in the checkpoint: they are drawn anew, train "
             "them before comparing or matching"
         )
-    return _assemble(source, kind, tensors, sizes, names, tokenizer, INITIAL_TEMPERATURE, notes)
-
-
-def _read_transformers(folder: Path, vocabulary: Path | None) -> Converted:
-    values = convert_transformers.read_config(folder)
-    tensors = convert_transformers.read_weights(folder)
-    kind = convert_transformers.architecture_of(tensors)
-    # Words that were added later are in tokenizer.json alone.
-    tokenizer = _tokenizer(vocabulary, folder, ("tokenizer.json", "vocab.txt"))
-    sizes = convert_transformers.config_from_transformers(values, ROLES_OF[kind], tokenizer.special)
-    temperature = convert_transformers.temperature_of(values)
-    notes = convert_transformers.notes_on(values, ROLES_OF[kind])
-    names = transformers_names(sizes)
-    return _assemble(folder, kind, tensors, sizes, names, tokenizer, temperature, notes)
+    model = _without_memory(lambda: Blip(sizes))
+    return _assemble(source, kind, tensors, model, names, tokenizer, INITIAL_TEMPERATURE, notes)
 
 
 def _assemble(
     source: Path,
     kind: OfficialKind | Architecture,
     tensors: Mapping[str, Tensor],
-    config: BlipConfig,
+    model: M,
     names: Mapping[str, Sequence[str]],
     tokenizer: Tokenizer,
-    temperature: float,
+    temperature: float | None,
     notes: Sequence[str],
-) -> Converted:
-    """Build the model, all tensors accounted for.
+) -> Converted[M]:
+    """Fill the model, which has no memory yet, all tensors accounted for.
 
     names        what is read; other parameters start anew
-    temperature  where none is read
+    temperature  where none is read; None: the model has none
     """
+    config = model.config
     if tokenizer.special != config.tokens or tokenizer.vocab_size != config.text.vocab_size:
         raise ValueError(
             f"{source} has {config.text.vocab_size} words and {config.tokens}, the vocabulary "
@@ -233,23 +247,19 @@ def _assemble(
         else:
             kept[name] = tensor
     problems = []
-    for repeat, name in tied_names(config).items():
+    tied: Mapping[str, str] = tied_names(config) if isinstance(config, BlipConfig) else {}
+    for repeat, name in tied.items():
         if repeat in kept and name not in kept:
             kept[name] = kept.pop(repeat)
         elif repeat in kept:
             left_out["tied duplicate"] += 1
             if not _equal(kept.pop(repeat), kept[name]):
                 problems.append(f"{repeat} differs from {name}, to which it should be tied")
-    with torch.device("meta"):
-        blip = Blip(config)
-    own = blip.state_dict()
-    shapes = {
-        part: (own[ours].shape[0] // len(parts), *own[ours].shape[1:])
-        if len(parts) > 1
-        else tuple(own[ours].shape)
-        for ours, parts in names.items()
-        for part in parts
-    }
+    own: Mapping[str, Tensor] = model.state_dict()
+    shapes: dict[str, tuple[int, ...]] = {}
+    for ours, parts in names.items():
+        rows, *rest = own[ours].shape or (1,)
+        shapes |= dict.fromkeys(parts, (rows // len(parts), *rest) if own[ours].ndim else ())
     problems += [f"missing {name}" for name in sorted(shapes.keys() - kept.keys())]
     problems += [f"extra {name}" for name in sorted(kept.keys() - shapes.keys())]
     for name in sorted(shapes.keys() & kept.keys()):
@@ -264,15 +274,20 @@ def _assemble(
         notes = [*notes, f"weights of {', '.join(dtypes)} became torch.float32"]
     values = from_official(kept, {ours: list(parts) for ours, parts in names.items()})
     generator = torch.Generator().manual_seed(0)
-    for ours in sorted(own.keys() - values.keys()):
-        if ours == "temperature":
-            values[ours] = torch.tensor(temperature)
+    for name in sorted(own.keys() - values.keys()):
+        if name == "temperature" and temperature is not None:
+            values[name] = torch.tensor(temperature)
         else:
-            std = config.text.init_std if ours.endswith(".weight") else 0.0
-            values[ours] = torch.zeros(own[ours].shape).normal_(std=std, generator=generator)
-    blip = blip.to_empty(device="cpu").eval()
-    blip.load_state_dict(values)
-    return Converted(blip, tokenizer, _report(kind, blip, dict(left_out), notes))
+            std = config.text.init_std if name.endswith(".weight") else 0.0
+            values[name] = torch.zeros(own[name].shape).normal_(std=std, generator=generator)
+    model = model.to_empty(device="cpu").eval()
+    model.load_state_dict(values)
+    return Converted(model, tokenizer, _report(kind, model, dict(left_out), notes))
+
+
+def _without_memory(build: Callable[[], M]) -> M:
+    with torch.device("meta"):
+        return build()
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
@@ -281,14 +296,14 @@ def _equal(a: Tensor, b: Tensor) -> bool:
 
 def _report(
     kind: OfficialKind | Architecture,
-    blip: Blip,
+    model: Model,
     left_out: Mapping[str, int],
     notes: Sequence[str],
 ) -> ConversionReport:
     return ConversionReport(
         kind=kind,
-        roles=tuple(sorted(blip.config.text.roles)),
-        num_parameters=sum(parameter.numel() for parameter in blip.parameters()),
+        roles=tuple(sorted(model.config.text.roles)),
+        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
         left_out=left_out,
         notes=tuple(notes),
     )
@@ -344,11 +359,11 @@ def _words(path: Path) -> list[str]:
 def _card(
     name: str,
     source: str,
-    blip: Blip,
+    model: Model,
     report: ConversionReport,
     library: Literal["openblip", "transformers"],
 ) -> str:
-    vision, text = blip.config.vision, blip.config.text
+    vision, text = model.config.vision, model.config.text
     task = "image-to-text" if report.roles == ("decode",) else "image-feature-extraction"
     left_out = [f"{number} tensors left out: {why}" for why, number in report.left_out.items()]
     lines = "\n".join(f"- {line}." for line in [*left_out, *report.notes])
@@ -368,7 +383,7 @@ A BLIP converted by openblip from `{source}` ({report.kind}). Roles: {", ".join(
 | image encoder | {vision.num_layers} layers, {vision.num_heads} heads, width {vision.width} |
 | text model | {text.num_layers} layers, {text.num_heads} heads, width {text.width} |
 | vocabulary | {text.vocab_size:,} words |
-| model id | `{model_id(blip)}` |
+| model id | `{model_id(model)}` |
 
 ## Conversion
 

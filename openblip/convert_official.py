@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -10,12 +11,14 @@ from torch import Tensor
 
 from openblip.convert_weights import listing, mlp_ratio_of
 from openblip.models.blip import BlipConfig
+from openblip.models.nlvr import FIRST_MERGE_LAYER, NlvrConfig
 from openblip.models.text import ALL_ROLES, MedConfig, Role, SpecialTokens
 from openblip.models.vision import VisionConfig
 
-OfficialKind = Literal["pretrain", "caption", "retrieval", "itm", "base"]
-PARTS = frozenset({"text_encoder", "text_decoder", "vision_proj", "itm_head"})
+OfficialKind = Literal["pretrain", "caption", "retrieval", "itm", "base", "nlvr"]
+PARTS = frozenset({"text_encoder", "text_decoder", "vision_proj", "itm_head", "cls_head"})
 HEAD_WIDTH = 64
+_MERGE = re.compile(r"encoder\.layer\.(\d+)\.crossattention\.output\.merge_layer\.weight$")
 
 
 def official_kind(names: Collection[str]) -> OfficialKind:
@@ -33,10 +36,12 @@ def official_kind(names: Collection[str]) -> OfficialKind:
             return "retrieval" if "temp" in tops else "itm"
         case ["text_encoder"]:
             return "base"
+        case ["cls_head", "text_encoder"]:
+            return "nlvr"
         case found:
             raise ValueError(
                 f"a checkpoint with {', '.join(found) or 'none'} of {', '.join(sorted(PARTS))} is "
-                "no pre-training, captioning, retrieval, ITM or base model of BLIP"
+                "no pre-training, captioning, retrieval, ITM, base or NLVR2 model of BLIP"
             )
 
 
@@ -48,6 +53,8 @@ def roles_of(kind: OfficialKind) -> frozenset[Role]:
             return frozenset({"decode"})
         case "retrieval" | "itm" | "base":
             return frozenset({"text", "pair"})
+        case "nlvr":
+            return frozenset({"pair"})
 
 
 def read_official_config(path: Path) -> BlipConfig:
@@ -96,6 +103,14 @@ def official_config(values: Mapping[str, Any]) -> BlipConfig:
         raise ValueError(f"the key {error} is missing") from error
 
 
+def nlvr_config(config: BlipConfig, tensors: Mapping[str, Tensor]) -> NlvrConfig:
+    """Add to the sizes of a model with the role `pair` in which layers NLVR2's tensors merge."""
+    found = [_MERGE.search(name) for name in tensors]
+    merging = [int(match[1]) for match in found if match]
+    first = min(merging, default=max(FIRST_MERGE_LAYER, config.text.num_layers))
+    return NlvrConfig(config.vision, config.text, config.tokens, first)
+
+
 def config_from_tensors(tensors: Mapping[str, Tensor], tokens: SpecialTokens) -> BlipConfig:
     """Read every size from a checkpoint's tensors; the configuration has all roles.
 
@@ -105,6 +120,9 @@ def config_from_tensors(tensors: Mapping[str, Tensor], tokens: SpecialTokens) ->
     is_encoder = any(name.startswith("text_encoder.") for name in tensors)
     bert = "text_encoder" if is_encoder else "text_decoder.bert"
     blocks, layers = "visual_encoder.blocks", f"{bert}.encoder.layer"
+    # The model of NLVR2 has two cross-attentions.
+    is_nlvr = f"{layers}.0.crossattention.self0.key.weight" in tensors
+    cross = f"{layers}.0.crossattention.{'self0' if is_nlvr else 'self'}"
     shapes = _shapes(
         tensors,
         {
@@ -114,7 +132,7 @@ def config_from_tensors(tensors: Mapping[str, Tensor], tokens: SpecialTokens) ->
             f"{bert}.embeddings.word_embeddings.weight": 2,
             f"{bert}.embeddings.position_embeddings.weight": 2,
             f"{layers}.0.intermediate.dense.weight": 2,
-            f"{layers}.0.crossattention.self.key.weight": 2,
+            f"{cross}.key.weight": 2,
         },
     )
     positions, patches, up, words, text_positions, text_up, key = shapes

@@ -7,7 +7,7 @@ are stacked.
 
 import math
 import pickle
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from openblip.models.blip import BlipConfig
+from openblip.models.nlvr import NlvrConfig
 
 QUEUES = {"image_queue", "text_queue", "idx_queue", "queue_ptr", "ptr_queue"}
 
@@ -133,6 +134,25 @@ def official_names(
     return names
 
 
+def nlvr_names(config: NlvrConfig, *, encoder: str = "text_encoder") -> dict[str, list[str]]:
+    """Map every parameter of an NLVR2 model as `official_names` does."""
+
+    def cross_parts(layer: int, ours: str, theirs: str) -> dict[str, list[str]]:
+        parts = {f"{ours}.norm": [f"{theirs}.output.LayerNorm"]}
+        for number, side in enumerate(("first", "second")):
+            attention = f"{theirs}.self{number}"
+            parts[f"{ours}.{side}.query"] = [f"{attention}.query"]
+            parts[f"{ours}.{side}.key_value"] = [f"{attention}.key", f"{attention}.value"]
+            parts[f"{ours}.{side}_output"] = [f"{theirs}.output.dense{number}"]
+        if layer >= config.first_merge_layer:
+            parts[f"{ours}.merge"] = [f"{theirs}.output.merge_layer"]
+        return parts
+
+    names = _vision_names(config.vision.num_layers, _OFFICIAL_VISION)
+    names |= _bert_parts(encoder, config, ("bidirectional",), cross_parts)
+    return names | _both({f"classifier.{n}": [f"cls_head.{n}"] for n in (0, 2)})
+
+
 def transformers_names(config: BlipConfig) -> dict[str, list[str]]:
     """Map our names to transformers' as `official_names` does; it has no temperature."""
     names = {
@@ -196,11 +216,27 @@ def _vision_names(num_layers: int, table: Mapping[str, str]) -> dict[str, list[s
     return names | _both(modules)
 
 
-def _bert_parts(bert: str, config: BlipConfig, kinds: tuple[str, ...]) -> dict[str, list[str]]:
+def _one_image_parts(layer: int, ours: str, theirs: str) -> dict[str, list[str]]:
+    """Map the modules of a layer's cross-attention."""
+    return {
+        f"{ours}.query": [f"{theirs}.self.query"],
+        f"{ours}.key_value": [f"{theirs}.self.key", f"{theirs}.self.value"],
+        f"{ours}.output.linear": [f"{theirs}.output.dense"],
+        f"{ours}.output.norm": [f"{theirs}.output.LayerNorm"],
+    }
+
+
+def _bert_parts(
+    bert: str,
+    config: BlipConfig | NlvrConfig,
+    kinds: tuple[str, ...],
+    cross_parts: Callable[[int, str, str], dict[str, list[str]]] = _one_image_parts,
+) -> dict[str, list[str]]:
     """Map our names of a MED, as one official BERT holds it, to the names that are stacked in them.
 
-    bert   prefix of the official BERT
-    kinds  which self-attention it holds: `bidirectional` or `causal`
+    bert         prefix of the official BERT
+    kinds        which self-attention it holds: `bidirectional` or `causal`
+    cross_parts  modules of a layer's cross-attention, of its number and the two prefixes
     """
     names: dict[str, list[str]] = {
         "text.word_embedding.weight": [f"{bert}.embeddings.word_embeddings.weight"],
@@ -217,11 +253,7 @@ def _bert_parts(bert: str, config: BlipConfig, kinds: tuple[str, ...]) -> dict[s
             modules[f"{ours}.{kind}.output.linear"] = [f"{attention}.output.dense"]
             modules[f"{ours}.{kind}.output.norm"] = [f"{attention}.output.LayerNorm"]
         if config.text.has_cross:
-            cross = f"{theirs}.crossattention"
-            modules[f"{ours}.cross.query"] = [f"{cross}.self.query"]
-            modules[f"{ours}.cross.key_value"] = [f"{cross}.self.key", f"{cross}.self.value"]
-            modules[f"{ours}.cross.output.linear"] = [f"{cross}.output.dense"]
-            modules[f"{ours}.cross.output.norm"] = [f"{cross}.output.LayerNorm"]
+            modules |= cross_parts(i, f"{ours}.cross", f"{theirs}.crossattention")
         modules[f"{ours}.up"] = [f"{theirs}.intermediate.dense"]
         modules[f"{ours}.down.linear"] = [f"{theirs}.output.dense"]
         modules[f"{ours}.down.norm"] = [f"{theirs}.output.LayerNorm"]

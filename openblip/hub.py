@@ -14,7 +14,7 @@ from huggingface_hub.errors import (
 )
 
 from openblip.checkpoint import FILES, load_checkpoint
-from openblip.convert import read_foreign
+from openblip.convert import read_transformers
 from openblip.models.blip import Blip
 from openblip.tokenizer import Tokenizer
 
@@ -57,10 +57,10 @@ def load(name_or_path: str | Path, *, revision: str | None = None) -> tuple[Blip
     folder = resolve(name_or_path, revision=revision)
     if not _is_of_transformers(folder):
         return load_checkpoint(folder)
-    converted = read_foreign(folder)
+    converted = read_transformers(folder)
     for note in converted.report.notes:
         _log.info("%s: %s", name_or_path, note)
-    return converted.blip, converted.tokenizer
+    return converted.model, converted.tokenizer
 
 
 def push(

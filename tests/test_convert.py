@@ -11,7 +11,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from openblip.checkpoint import load_checkpoint, save_checkpoint, with_roles
+from openblip.checkpoint import (
+    load_checkpoint,
+    load_nlvr_checkpoint,
+    save_checkpoint,
+    with_roles,
+)
 from openblip.convert import (
     _tokenizer,
     convert_to_openblip,
@@ -21,9 +26,11 @@ from openblip.convert import (
     read_foreign,
     to_official,
 )
-from openblip.convert_weights import listing, mlp_ratio_of
+from openblip.convert_official import config_from_tensors, nlvr_config, official_kind
+from openblip.convert_weights import listing, mlp_ratio_of, nlvr_names
 from openblip.models.blip import Blip, BlipConfig
-from openblip.models.text import MedConfig
+from openblip.models.nlvr import Nlvr, NlvrConfig
+from openblip.models.text import MedConfig, SpecialTokens
 from openblip.models.vision import VisionConfig
 from openblip.tokenizer import Tokenizer
 
@@ -100,9 +107,9 @@ def test_each_kind_from_a_pth_file(
     torch.save(tensors, beside / "bare.pth")
     converted = read_foreign(beside / "wrapped.pth")
     assert (converted.report.kind, converted.report.roles) == (kind, roles)
-    assert not converted.blip.training
-    again = read_foreign(beside / "bare.pth").blip.state_dict()
-    own = converted.blip.state_dict()
+    assert not converted.model.training
+    again = read_foreign(beside / "bare.pth").model.state_dict()
+    own = converted.model.state_dict()
     assert all(torch.equal(value, again[name]) for name, value in own.items())
     assert torch.equal(own["vision.class_token"], official["visual_encoder.cls_token"])
     told = " ".join(converted.report.notes)
@@ -113,13 +120,60 @@ def test_each_kind_from_a_pth_file(
         assert own["match_head.bias"].abs().sum() == 0
 
 
+def test_the_model_of_nlvr2(reference: Path, beside: Path, tmp_path: Path) -> None:
+    values = json.loads((reference / "config.json").read_text())
+    (beside / "config.json").write_text(
+        json.dumps(values | {"med_config": values["nlvr_med_config"]})
+    )
+    tensors = load_file(reference / "nlvr_init.safetensors")
+    torch.save({"model": tensors}, beside / "nlvr.pth")
+    report = convert_to_openblip(beside / "nlvr.pth", tmp_path / "model")
+    assert (report.kind, report.roles) == ("nlvr", ("pair",))
+    assert report.left_out == {"position_ids buffer": 1}
+    nlvr, _ = load_nlvr_checkpoint(tmp_path / "model")
+    merging = json.loads((reference / "nlvr.json").read_text())["layers_with_merge_layer"]
+    assert nlvr.config.first_merge_layer == merging[0]
+    expected = from_official(tensors, nlvr_names(nlvr.config))
+    assert all(torch.equal(value, expected[name]) for name, value in nlvr.state_dict().items())
+    assert sum(map(len, nlvr_names(nlvr.config).values())) + 1 == len(tensors)
+    with pytest.raises(ValueError, match="a model for nlvr, expected no task"):
+        load_checkpoint(tmp_path / "model")
+    with pytest.raises(ValueError, match="a model for nlvr, expected no task"):
+        convert_to_transformers(tmp_path / "model", tmp_path / "theirs")
+    cross = f"text_encoder.encoder.layer.{merging[-1]}.crossattention"
+    del tensors[f"{cross}.output.merge_layer.bias"]
+    tensors[f"{cross}.self2.query.bias"] = torch.zeros(1)
+    torch.save(tensors, beside / "nlvr.pth")
+    with pytest.raises(ValueError, match=r"missing .*merge_layer\.bias; extra .*self2") as caught:
+        read_foreign(beside / "nlvr.pth")
+    assert str(beside) in str(caught.value)
+
+
+def test_the_sizes_of_a_model_of_nlvr2_are_in_its_tensors() -> None:
+    tokens = SpecialTokens(pad=0, cls=1, sep=2, dec=3, enc=4)
+    for first_merge_layer in (1, 6):
+        config = NlvrConfig(
+            VisionConfig(image_size_px=32, patch_size_px=16, width=128, num_layers=1, num_heads=2),
+            MedConfig(
+                vocab_size=9, width=64, num_layers=3, num_heads=1, ffn_width=8, max_positions=7,
+                context_width=128, roles=frozenset({"pair"}),
+            ),
+            tokens,
+            first_merge_layer,
+        )  # fmt: skip
+        tensors = to_official(Nlvr(config).state_dict(), nlvr_names(config))
+        assert official_kind(tensors) == "nlvr"
+        sizes = config_from_tensors(tensors, tokens).with_roles(frozenset({"pair"}))
+        assert nlvr_config(sizes, tensors) == config
+
+
 def test_repeats_that_are_absent_are_not_missed(official: Tensors, beside: Path) -> None:
     # Savers that keep shared memory once may keep either name.
     head = "text_decoder.cls.predictions"
     del official[f"{head}.bias"], official[f"{head}.decoder.weight"]
     del official["text_encoder.embeddings.word_embeddings.weight"]
     save_file(official, beside / "model.safetensors")
-    own = read_foreign(beside / "model.safetensors").blip.state_dict()
+    own = read_foreign(beside / "model.safetensors").model.state_dict()
     assert torch.equal(own["text.lm_head.bias"], official[f"{head}.decoder.bias"])
     words = official["text_decoder.bert.embeddings.word_embeddings.weight"]
     assert torch.equal(own["text.word_embedding.weight"], words)
@@ -216,7 +270,7 @@ def test_sizes_from_the_tensors_of_a_wide_model(beside: Path, reference: Path) -
     save_file({name: value.clone() for name, value in tensors.items()}, beside / "wide.safetensors")
     (beside / "config.json").unlink()
     converted = read_foreign(beside / "wide.safetensors")
-    assert converted.blip.config == config
+    assert converted.model.config == config
     assert "2 for images, 1 for text" in converted.report.notes[0]
 
 
@@ -263,8 +317,8 @@ def ours(reference: Path, tmp_path: Path) -> Path:
     """Return our folder of the reference's model, its temperature set."""
     converted = read_foreign(reference / "pretrain_init.safetensors")
     with torch.no_grad():
-        converted.blip.temperature.fill_(0.123)
-    save_checkpoint(tmp_path / "ours", converted.blip, converted.tokenizer, "# A card\n")
+        converted.model.temperature.fill_(0.123)
+    save_checkpoint(tmp_path / "ours", converted.model, converted.tokenizer, "# A card\n")
     return tmp_path / "ours"
 
 
@@ -303,11 +357,11 @@ def test_there_and_back_through_transformers(
 def test_sharded_and_pickled_transformers_folders(ours: Path, tmp_path: Path) -> None:
     folder = tmp_path / "theirs"
     convert_to_transformers(ours, folder, architecture="BlipForImageTextRetrieval")
-    whole = read_foreign(folder).blip.state_dict()
+    whole = read_foreign(folder).model.state_dict()
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     torch.save(tensors, folder / "pytorch_model.bin")
-    pickled = read_foreign(folder).blip.state_dict()
+    pickled = read_foreign(folder).model.state_dict()
     (folder / "pytorch_model.bin").unlink()
     shards = {"model-1.safetensors": {}, "model-2.safetensors": {}}
     for index, (name, value) in enumerate(tensors.items()):
@@ -316,7 +370,7 @@ def test_sharded_and_pickled_transformers_folders(ours: Path, tmp_path: Path) ->
         save_file(values, folder / name)
     index = {name: shard for shard, values in shards.items() for name in values}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
-    sharded = read_foreign(folder).blip.state_dict()
+    sharded = read_foreign(folder).model.state_dict()
     assert all(torch.equal(v, pickled[k]) and torch.equal(v, sharded[k]) for k, v in whole.items())
     (folder / "model-2.safetensors").unlink()
     with pytest.raises(ValueError, match="no weights at"):
@@ -329,7 +383,7 @@ def test_halved_weights_are_widened_and_told(ours: Path, tmp_path: Path) -> None
     tensors = {k: v.half() for k, v in load_file(folder / "model.safetensors").items()}
     save_file(tensors, folder / "model.safetensors")
     converted = read_foreign(folder)
-    assert {p.dtype for p in converted.blip.parameters()} == {torch.float32}
+    assert {p.dtype for p in converted.model.parameters()} == {torch.float32}
     assert "weights of torch.float16 became torch.float32" in converted.report.notes
 
 

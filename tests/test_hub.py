@@ -166,7 +166,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
 @pytest.fixture
 def model(reference: Path, tmp_path: Path) -> Path:
     converted = read_foreign(reference / "pretrain_init.safetensors")
-    save_checkpoint(tmp_path / "model", converted.blip, converted.tokenizer, "# A card\n")
+    save_checkpoint(tmp_path / "model", converted.model, converted.tokenizer, "# A card\n")
     return tmp_path / "model"
 
 

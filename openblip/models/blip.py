@@ -116,7 +116,7 @@ class Blip(nn.Module):
 
     def encode_text(self, token_ids: Tensor, text_mask: Tensor) -> Tensor:
         """Encode text alone. token_ids, text_mask (R, L) -> text_states (R, L, width)."""
-        token_ids = _with_first(token_ids, self.config.tokens.cls)
+        token_ids = with_first(token_ids, self.config.tokens.cls)
         return self.text.encode_text(token_ids, text_mask)
 
     def embed_text(self, text_states: Tensor) -> Tensor:
@@ -133,7 +133,7 @@ class Blip(nn.Module):
 
         Rows i * R / B to (i + 1) * R / B - 1 of token_ids and text_mask (R, L) see image i.
         """
-        token_ids = _with_first(token_ids, self.config.tokens.enc)
+        token_ids = with_first(token_ids, self.config.tokens.enc)
         return self.text.encode_pair(token_ids, text_mask, context)
 
     def match_logits(self, pair_states: Tensor) -> Tensor:
@@ -144,7 +144,7 @@ class Blip(nn.Module):
 
     def decode(self, token_ids: Tensor, text_mask: Tensor, context: Context) -> Tensor:
         """Predict every next token of known texts -> logits (R, L, V); rows as in `encode_pair`."""
-        token_ids = _with_first(token_ids, self.config.tokens.dec)
+        token_ids = with_first(token_ids, self.config.tokens.dec)
         return self.text.decode(token_ids, text_mask, context)
 
     def new_decoder_cache(self) -> DecoderCache:
@@ -171,7 +171,8 @@ class Blip(nn.Module):
             )
 
 
-def _with_first(token_ids: Tensor, first: int) -> Tensor:
+def with_first(token_ids: Tensor, first: int) -> Tensor:
+    """Return a copy of token_ids (R, L) whose first token is the role's."""
     token_ids = token_ids.clone()
     token_ids[:, 0] = first
     return token_ids

@@ -13,9 +13,9 @@ Letters: B images, R rows of text (a multiple of B where images are given), L to
 H heads, N image positions, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, cast
+from typing import Literal, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -169,7 +169,7 @@ class SelfAttention(nn.Module):
         return output
 
 
-class CrossAttention(nn.Module):
+class ImageAttention(nn.Module):
     """Attention of text to image states, whose keys and values come from a `Context`."""
 
     def __init__(self, config: MedConfig) -> None:
@@ -178,7 +178,6 @@ class CrossAttention(nn.Module):
         self.dropout = config.dropout
         self.query = nn.Linear(config.width, config.width)
         self.key_value = nn.Linear(config.context_width, 2 * config.width)
-        self.output = AttentionOutput(config, config.width)
 
     def project_context(self, image_states: Tensor) -> tuple[Tensor, Tensor]:
         """Return keys and values, each (B, H, N, D / H), of image_states (B, N, context width)."""
@@ -187,7 +186,8 @@ class CrossAttention(nn.Module):
         key, value = key_value.permute(2, 0, 3, 1, 4)
         return key, value
 
-    def forward(self, states: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def attend(self, states: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Return what the states (R, L, D) find in the images, of the same shape."""
         rows, length, width = states.shape
         images = key.shape[0]
         # The R / B rows of one image become one longer row of queries: the image's keys and
@@ -196,19 +196,41 @@ class CrossAttention(nn.Module):
         attended = F.scaled_dot_product_attention(
             query.transpose(1, 2), key, value, None, self.dropout if self.training else 0.0
         )
-        attended = attended.transpose(1, 2).reshape(rows, length, width)
-        output: Tensor = self.output(attended, states)
+        return attended.transpose(1, 2).reshape(rows, length, width)
+
+
+class CrossAttention(ImageAttention):
+    """The same with its output projection and LayerNorm."""
+
+    def __init__(self, config: MedConfig) -> None:
+        super().__init__(config)
+        self.output = AttentionOutput(config, config.width)
+
+    def forward(self, states: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        output: Tensor = self.output(self.attend(states, key, value), states)
         return output
+
+
+class AnyCrossAttention(Protocol):
+    """What a layer asks of its cross-attention."""
+
+    def project_context(self, image_states: Tensor) -> tuple[Tensor, Tensor]: ...
+    def __call__(self, states: Tensor, key: Tensor, value: Tensor) -> Tensor: ...
+
+
+CrossBuilder = Callable[[MedConfig, int], nn.Module]
+"""From the configuration and a layer's number to an `AnyCrossAttention`."""
+_ONE_IMAGE: CrossBuilder = lambda config, layer: CrossAttention(config)  # noqa: E731
 
 
 class MedLayer(nn.Module):
     """One layer: the self-attentions that the roles need, one cross-attention, one feed-forward."""
 
-    def __init__(self, config: MedConfig) -> None:
+    def __init__(self, config: MedConfig, layer: int, build_cross: CrossBuilder) -> None:
         super().__init__()
         self.bidirectional = SelfAttention(config) if config.has_bidirectional else None
         self.causal = SelfAttention(config) if "decode" in config.roles else None
-        self.cross = CrossAttention(config) if config.has_cross else None
+        self.cross = build_cross(config, layer) if config.has_cross else None
         self.up = nn.Linear(config.width, config.ffn_width)
         self.down = AttentionOutput(config, config.ffn_width)
 
@@ -235,15 +257,20 @@ class LmHead(nn.Module):
 
 
 class Med(nn.Module):
-    """The transformer of `MedConfig`, one method per role. First tokens are the caller's to set."""
+    """The transformer of `MedConfig`, one method per role. First tokens are the caller's to set.
 
-    def __init__(self, config: MedConfig) -> None:
+    build_cross  what a layer looks at images with; NLVR2 looks at two
+    """
+
+    def __init__(self, config: MedConfig, build_cross: CrossBuilder = _ONE_IMAGE) -> None:
         super().__init__()
         self.config = config
         self.word_embedding = nn.Embedding(config.vocab_size, config.width)
         self.position_embedding = nn.Embedding(config.max_positions, config.width)
         self.embedding_norm = nn.LayerNorm(config.width, eps=config.layer_norm_eps)
-        self.layers = nn.ModuleList(MedLayer(config) for _ in range(config.num_layers))
+        self.layers = nn.ModuleList(
+            MedLayer(config, layer, build_cross) for layer in range(config.num_layers)
+        )
         self.lm_head = LmHead(config) if "decode" in config.roles else None
         self._initialise()
 
@@ -310,7 +337,7 @@ class Med(nn.Module):
         if not self.config.has_cross:
             raise ValueError("this model has neither the role 'pair' nor 'decode'")
         pairs = [
-            cast(CrossAttention, cast(MedLayer, layer).cross).project_context(image_states)
+            cast(AnyCrossAttention, cast(MedLayer, layer).cross).project_context(image_states)
             for layer in self.layers
         ]
         return Context(tuple(key for key, _ in pairs), tuple(value for _, value in pairs))

@@ -10,7 +10,9 @@ from safetensors.torch import load_file
 
 from openblip.convert import from_official, official_names
 from openblip.convert import official_config as build_config
+from openblip.convert_official import nlvr_config
 from openblip.models.blip import Blip, BlipConfig
+from openblip.models.nlvr import NlvrConfig
 from openblip.models.text import ALL_ROLES, Role
 
 
@@ -22,6 +24,13 @@ def reference_config(reference: Path) -> dict[str, Any]:
 @pytest.fixture(scope="session")
 def official_config(reference_config: dict[str, Any]) -> BlipConfig:
     return build_config(reference_config)
+
+
+@pytest.fixture(scope="session")
+def official_nlvr_config(reference: Path, reference_config: dict[str, Any]) -> NlvrConfig:
+    values = reference_config | {"med_config": reference_config["nlvr_med_config"]}
+    tensors = load_file(reference / "nlvr_init.safetensors")
+    return nlvr_config(build_config(values).with_roles(frozenset({"pair"})), tensors)
 
 
 @pytest.fixture

@@ -77,7 +77,7 @@ def test_retrieval(saved) -> None:
     folder = saved(BlipForImageTextRetrieval)
     theirs = BlipForImageTextRetrieval.from_pretrained(folder).eval()
     converted = read_foreign(folder)
-    blip = converted.blip
+    blip = converted.model
     images, token_ids, text_mask = batch(converted)
     image_states = blip.encode_image(images)
     expected = theirs(token_ids, images, use_itm_head=False, attention_mask=text_mask)
@@ -107,7 +107,7 @@ def test_captioning(saved) -> None:
     folder = saved(BlipForConditionalGeneration)
     theirs = BlipForConditionalGeneration.from_pretrained(folder).eval()
     converted = read_foreign(folder)
-    blip, tokens = converted.blip, converted.tokenizer.special
+    blip, tokens = converted.model, converted.tokenizer.special
     images, token_ids, text_mask = batch(converted)
     token_ids[:, 0] = tokens.dec
     expected = theirs(images, token_ids, attention_mask=text_mask)
@@ -144,7 +144,7 @@ def test_beams(saved) -> None:
     folder = saved(BlipForConditionalGeneration)
     theirs = BlipForConditionalGeneration.from_pretrained(folder).eval()
     converted = read_foreign(folder)
-    blip, tokens = converted.blip, converted.tokenizer.special
+    blip, tokens = converted.model, converted.tokenizer.special
     images = torch.randn(6, 3, 24, 24, generator=torch.Generator().manual_seed(5))
     context = blip.project_context(blip.encode_image(images))
     finished = set()
@@ -192,7 +192,7 @@ def test_their_folder_comes_back_bit_equal(kind: type, saved, tmp_path: Path) ->
 @pytest.mark.parametrize("kind", [BlipForConditionalGeneration, BlipForImageTextRetrieval])
 def test_transformers_loads_what_we_write(kind: type, reference: Path, tmp_path: Path) -> None:
     converted = read_foreign(reference / "pretrain_init.safetensors")
-    blip, tokenizer = converted.blip, converted.tokenizer
+    blip, tokenizer = converted.model, converted.tokenizer
     blip.temperature.fill_(0.2)
     save_checkpoint(tmp_path / "ours", blip, tokenizer, "# A card\n")
     folder = tmp_path / "theirs"
@@ -216,7 +216,7 @@ def test_transformers_loads_what_we_write(kind: type, reference: Path, tmp_path:
     theirs.save_pretrained(tmp_path / "resaved")
     processor.save_pretrained(tmp_path / "resaved")
     again = read_foreign(tmp_path / "resaved")
-    assert again.blip.config == blip.config.with_roles(again.blip.config.text.roles)
+    assert again.model.config == blip.config.with_roles(again.model.config.text.roles)
     if kind is BlipForImageTextRetrieval:
-        assert torch.equal(again.blip.temperature, blip.temperature)
+        assert torch.equal(again.model.temperature, blip.temperature)
     assert again.tokenizer.encode(TEXTS[1]) == tokenizer.encode(TEXTS[1])
