@@ -15,6 +15,7 @@ from torch import Tensor, distributed, nn
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.nn.functional import all_gather as all_gather_with_gradient
 from torch.distributed.rendezvous import rendezvous
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 
@@ -93,6 +94,11 @@ class World:
         """Wait until all ranks are here."""
         if self.size > 1:
             distributed.barrier()
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """Return what this rank holds of a tensor: of one that is split, its part."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 _saving_groups: list[distributed.ProcessGroup] = []

@@ -18,8 +18,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from openblip.data.batches import ImageTextBatch
 from openblip.data.stream import PairStream
 from openblip.training.distributed import world
-from openblip.training.loop import Precision, TrainingStep, fit
+from openblip.training.loop import TrainingStep, fit
 from openblip.training.optim import OptimizerRecipe
+from openblip.training.precision import Precision
 
 WARM_STEPS, MEASURED_STEPS = 2, 10
 COUNTED_SAMPLES = 20_000

@@ -3,12 +3,11 @@
 import contextlib
 import logging
 import signal
-import threading
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -25,13 +24,17 @@ from openblip.training.optim import (
     learning_rate,
     set_learning_rate,
 )
+from openblip.training.precision import MixedPrecision, Precision
 from openblip.training.state import TrainingState
+from openblip.training.watch import FiniteWatch, StopSignals
 
 LOG_EVERY_STEPS = 10
 
-_log = logging.getLogger(__name__)
+FLOAT16_ADVICE = (
+    "float16 ends at 65,504, which no loss scale changes: bfloat16 and float32 reach further"
+)
 
-Precision = Literal["float32", "bfloat16"]
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -87,9 +90,10 @@ def fit(
     accumulation_steps  batches whose gradients are averaged for one optimizer step
     state               where the training is saved as it goes; one that was saved goes on, and
                         ends with the weights, the queue and the log of one that never stopped
-    Raises FloatingPointError if a loss is not finite, noticed at the next logged step or before the
-    next state is saved, naming step, losses and samples. SIGINT and SIGTERM end the step, save the
-    state, and raise KeyboardInterrupt or SystemExit(143).
+    Raises FloatingPointError if a loss or, when a state is to be saved, a weight is not finite,
+    naming step, losses, samples and the last good state. A loss is looked at when the next step is
+    logged or the next state saved. SIGINT and SIGTERM end the step, save the state, and raise
+    KeyboardInterrupt or SystemExit(143).
     """
     ranks = world()
     model = ranks.wrap(training_step).train()
@@ -103,19 +107,17 @@ def fit(
         torch.manual_seed(torch.initial_seed() + ranks.rank)
     batches = iter(stream)
     device = ranks.device
-    autocast = (
-        torch.autocast(device.type, torch.bfloat16)
-        if precision == "bfloat16"
-        else contextlib.nullcontext()
-    )
-    watch = _FiniteWatch(device)
+    mixed = MixedPrecision(precision, device)
+    if resumed is not None:
+        mixed.restore(resumed.extra["precision"])
+    watch = FiniteWatch(device, state, FLOAT16_ADVICE if mixed.is_scaled else "")
     with (
         state or contextlib.nullcontext(),
         ProgressLine(title, num_steps, done=first_step, is_silent=not ranks.is_first) as progress,
         MeasureFile(
             log_path if ranks.is_first else None, resumed.log_bytes if resumed is not None else 0
         ) as measures_file,
-        _StopSignals() as stop,
+        StopSignals() as stop,
         contextlib.closing(batches),
     ):
         note = ""
@@ -127,20 +129,23 @@ def fit(
             for number in range(accumulation_steps):
                 batch = next(batches)
                 with ranks.averaging(model, number == accumulation_steps - 1):
-                    with autocast:
+                    with mixed.autocast():
                         output: StepOutput = model(batch.to(device), step)
-                    (output.total / accumulation_steps).backward()  # type: ignore[no-untyped-call]
-                watch.see(step, output, batch.keys)
+                    mixed.backward(output.total / accumulation_steps)
+                watch.see(step, output.total, output.measures, batch.keys)
                 outputs.append(output)
+            mixed.unscale(optimizer)
             if recipe.max_gradient_norm:
                 nn.utils.clip_grad_norm_(training_step.parameters(), recipe.max_gradient_norm)
-            optimizer.step()
+            mixed.step(optimizer)
+            watch.check_scale(mixed.scale)
             output = _mean(outputs)
             training_step.after_optimizer_step(output)
             is_last = step == num_steps - 1
             if step % LOG_EVERY_STEPS == 0 or is_last:
                 watch.check()
                 measures = ranks.mean({name: float(v) for name, v in output.measures.items()})
+                measures |= mixed.measures()
                 measures_file.write({"step": step, "lr": lr} | measures)
                 note = " ".join(f"{name} {value:.3g}" for name, value in measures.items())
             progress.advance(note=note)
@@ -150,8 +155,14 @@ def fit(
             )
             if state is not None and not is_last and (stop_signal or is_due):
                 watch.check()
+                watch.check_weights(training_step)
                 state.save(
-                    step + 1, training_step, optimizer, stream.position, measures_file.num_bytes
+                    step + 1,
+                    training_step,
+                    optimizer,
+                    stream.position,
+                    measures_file.num_bytes,
+                    {"precision": mixed.to_json()},
                 )
                 _draw(log_path, title)
             if stop_signal and not is_last:
@@ -179,51 +190,3 @@ def _mean(outputs: Sequence[StepOutput]) -> StepOutput:
         },
         entries=tuple(entry for output in outputs for entry in output.entries),
     )
-
-
-class _FiniteWatch:
-    """Sees whether losses are finite without waiting for the device at every step."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._is_finite = torch.ones((), dtype=torch.bool, device=device)
-        self._seen: list[tuple[int, StepOutput, tuple[str, ...]]] = []
-
-    def see(self, step: int, output: StepOutput, keys: tuple[str, ...]) -> None:
-        seen = StepOutput(output.total.detach(), output.measures)
-        self._is_finite = self._is_finite & torch.isfinite(seen.total)
-        self._seen.append((step, seen, keys))
-
-    def check(self) -> None:
-        """Raise FloatingPointError for the first loss since the last check that is not finite."""
-        if not self._is_finite:
-            for step, output, keys in self._seen:
-                if not torch.isfinite(output.total):
-                    measures = {name: float(value) for name, value in output.measures.items()}
-                    raise FloatingPointError(
-                        f"step {step}: the loss is not finite: {measures}; samples: "
-                        f"{', '.join(keys)}"
-                    )
-        self._seen.clear()
-
-
-class _StopSignals:
-    """Remembers SIGINT and SIGTERM until the step is done; a second one acts at once."""
-
-    signal: int = 0
-
-    def __enter__(self) -> "_StopSignals":
-        self._before: dict[int, Any] = {}
-        # Python hands signals to the main thread alone.
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                if signal.getsignal(number) is not signal.SIG_IGN:
-                    self._before[number] = signal.signal(number, self._remember)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _remember(self, number: int, frame: object) -> None:
-        self.signal = number
-        signal.signal(number, self._before[number])

@@ -14,8 +14,9 @@ from openblip.models.blip import Blip
 from openblip.tokenizer import Tokenizer
 from openblip.training.distributed import world
 from openblip.training.dry_run import DryRun, dry_run
-from openblip.training.loop import Precision, TrainingStep, fit
+from openblip.training.loop import TrainingStep, fit
 from openblip.training.optim import OptimizerRecipe
+from openblip.training.precision import Precision
 from openblip.training.state import SavingRecipe, TrainingFiles, TrainingState
 
 MAY_CHANGE = ("num_workers", "max_bad_fraction", "saving")
@@ -30,6 +31,7 @@ class PairRecipe(Recipe):
     min_crop_scale         smallest share of an image that a random crop keeps
     accumulation_steps     batches whose gradients are averaged for one optimizer step; in-batch
                            negatives stay those of the batch
+    precision              of the arithmetic; weights and optimizer stay float32
     num_workers            threads that decode and augment
     max_bad_fraction       share of the samples that may be unusable; more stops the run
     saving                 when the state of the training is saved

@@ -19,7 +19,7 @@ from openblip.finetune.retrieval import RetrievalRecipe, finetune_retrieval
 from openblip.models.blip import Blip
 from openblip.pretrain import ModelRecipe, ObjectiveRecipe, PretrainRecipe, pretrain
 from openblip.tokenizer import Tokenizer
-from openblip.training import loop
+from openblip.training import loop, watch
 from openblip.training.alignment import AlignmentConfig
 from openblip.training.pairs import PairRecipe
 from openblip.training.state import SavingRecipe, TrainingFiles, TrainingState
@@ -259,8 +259,8 @@ def test_a_signal_ends_the_step_and_saves(
                 os.kill(os.getpid(), number)
             return finite(batch_stream, *args, **kwargs)
 
-        finite = loop._FiniteWatch.see
-        patch.setattr(loop._FiniteWatch, "see", signalled)
+        finite = watch.FiniteWatch.see
+        patch.setattr(watch.FiniteWatch, "see", signalled)
         with pytest.raises(error):
             task.train(recipe, data, tokenizer, files)
     assert saved(files.state) == ["step-00000006"]
