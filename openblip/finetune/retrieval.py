@@ -9,10 +9,13 @@ import torch
 from pydantic import Field
 
 from openblip.data.batches import ImageTextBatch
+from openblip.data.samples import Sample
 from openblip.data.sources import kept_captions, list_shards
+from openblip.evaluation.retrieval import evaluate_retrieval
 from openblip.models.blip import Blip
 from openblip.tokenizer import Tokenizer
 from openblip.training.alignment import Alignment, AlignmentConfig, WrongTexts
+from openblip.training.best import EvaluatingRecipe, Scores
 from openblip.training.distributed import world
 from openblip.training.finetuning import FinetuningRun, run_finetuning
 from openblip.training.loop import StepOutput, TrainingStep
@@ -156,7 +159,16 @@ def retrieval_training(
     torch.manual_seed(recipe.seed)
     wrong_texts = NegativeTexts(negatives, tokenizer, recipe) if negatives else None
     step = RetrievalStep(blip, recipe, wrong_texts)
-    return PairTraining(step, blip, recipe, data, tokenizer)
+    return PairTraining(step, blip, recipe, data, tokenizer, measure=_measure)
+
+
+def _measure(
+    blip: Blip, tokenizer: Tokenizer, samples: Sequence[Sample], how: EvaluatingRecipe
+) -> Scores:
+    """Measure recalls after re-ranking; the mean one chooses the best, as in the released code."""
+    report = evaluate_retrieval(blip, tokenizer, samples, shortlist=how.shortlist, is_silent=True)
+    values = {**report.reranked.to_json(), "itc_mean": report.itc.mean}
+    return Scores(values, report.reranked.mean)
 
 
 def finetune_retrieval(

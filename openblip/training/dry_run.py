@@ -78,6 +78,7 @@ def dry_run(
     num_steps: int,
     precision: Precision,
     accumulation_steps: int,
+    is_recomputed: bool = False,
 ) -> DryRun:
     """Take some steps of a training, and say what all of it would cost."""
     timed = _Timed(stream)
@@ -93,6 +94,7 @@ def dry_run(
                 log_path=Path(folder, "log.jsonl"),
                 precision=precision,
                 accumulation_steps=accumulation_steps,
+                is_recomputed=is_recomputed,
             )
 
     # Fused attention is not counted on every device; as plain products it is.

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 from openblip.data.batches import ImageTextBatch
 from openblip.data.position import Position
+from openblip.training.best import BestSoFar, Evaluation
 from openblip.training.curves import write_curves
 from openblip.training.distributed import world
+from openblip.training.layers import recomputed
 from openblip.training.log import MeasureFile, ProgressLine
 from openblip.training.momentum import QueueEntries
 from openblip.training.optim import (
@@ -81,15 +83,19 @@ def fit(
     log_path: Path,
     precision: Precision = "float32",
     accumulation_steps: int = 1,
+    is_recomputed: bool = False,
     state: TrainingState | None = None,
+    evaluation: Evaluation | None = None,
 ) -> None:
     """Train for `num_steps` optimizer steps, logging every tenth and the last to a JSONL file.
 
     A page with the curves stands beside the log, drawn whenever a state is saved and at the end.
 
     accumulation_steps  batches whose gradients are averaged for one optimizer step
+    is_recomputed       the transformer layers keep no activations for the backward pass
     state               where the training is saved as it goes; one that was saved goes on, and
                         ends with the weights, the queue and the log of one that never stopped
+    evaluation          what the model is measured by as it goes, and at the end
     Raises FloatingPointError if a loss or, when a state is to be saved, a weight is not finite,
     naming step, losses, samples and the last good state. A loss is looked at when the next step is
     logged or the next state saved. SIGINT and SIGTERM end the step, save the state, and raise
@@ -110,6 +116,9 @@ def fit(
     mixed = MixedPrecision(precision, device)
     if resumed is not None:
         mixed.restore(resumed.extra["precision"])
+    best = BestSoFar(evaluation) if evaluation is not None else None
+    if best is not None and resumed is not None and resumed.extra["best"] is not None:
+        best.restore(resumed.extra["best"])
     watch = FiniteWatch(device, state, FLOAT16_ADVICE if mixed.is_scaled else "")
     with (
         state or contextlib.nullcontext(),
@@ -119,9 +128,19 @@ def fit(
         ) as measures_file,
         StopSignals() as stop,
         contextlib.closing(batches),
+        recomputed(training_step) if is_recomputed else contextlib.nullcontext(),
     ):
+
+        def evaluate(num_steps: int) -> None:
+            assert best is not None
+            scores = best.evaluate(training_step, num_steps)
+            measures_file.write({"step": num_steps - 1, "evaluation": scores})
+
         note = ""
         for step in range(first_step, num_steps):
+            # A state is saved before its model is evaluated: one that goes on begins with that.
+            if best is not None and best.is_due(step):
+                evaluate(step)
             lr = learning_rate(recipe, step, num_steps)
             set_learning_rate(optimizer, lr)
             optimizer.zero_grad(set_to_none=True)
@@ -162,13 +181,18 @@ def fit(
                     optimizer,
                     stream.position,
                     measures_file.num_bytes,
-                    {"precision": mixed.to_json()},
+                    {
+                        "precision": mixed.to_json(),
+                        "best": None if best is None else best.to_json(),
+                    },
                 )
                 _draw(log_path, title)
             if stop_signal and not is_last:
                 if stop_signal == signal.SIGINT:
                     raise KeyboardInterrupt
                 raise SystemExit(128 + stop_signal)
+        if best is not None:
+            evaluate(num_steps)
     _draw(log_path, title)
     training_step.eval()
 

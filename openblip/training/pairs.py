@@ -1,17 +1,21 @@
 """Training on image-text pairs: what pre-training and the fine-tunings have in common."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import Field
 
-from openblip.config import Recipe
+from openblip.checkpoint import replace_checkpoint
+from openblip.config import Recipe, dump_recipe
 from openblip.data.position import start_positions
+from openblip.data.samples import Sample
+from openblip.data.sources import list_shards, read_samples
 from openblip.data.stream import PairStream
-from openblip.images import TrainTransform
+from openblip.images import ImageDecodeError, TrainTransform, decode_image
 from openblip.models.blip import Blip
 from openblip.tokenizer import Tokenizer
+from openblip.training.best import EvaluatingRecipe, Evaluation, Scores
 from openblip.training.distributed import world
 from openblip.training.dry_run import DryRun, dry_run
 from openblip.training.loop import TrainingStep, fit
@@ -19,7 +23,7 @@ from openblip.training.optim import OptimizerRecipe
 from openblip.training.precision import Precision
 from openblip.training.state import SavingRecipe, TrainingFiles, TrainingState
 
-MAY_CHANGE = ("num_workers", "max_bad_fraction", "saving")
+MAY_CHANGE = ("activation_checkpointing", "evaluation", "num_workers", "max_bad_fraction", "saving")
 """Settings that change no number, so that a training may go on with others."""
 
 
@@ -32,9 +36,13 @@ class PairRecipe(Recipe):
     accumulation_steps     batches whose gradients are averaged for one optimizer step; in-batch
                            negatives stay those of the batch
     precision              of the arithmetic; weights and optimizer stay float32
+    activation_checkpointing  keep no activations within the transformer layers and compute them
+                           anew in the backward pass: less memory, about a third more time, the
+                           same numbers
     num_workers            threads that decode and augment
     max_bad_fraction       share of the samples that may be unusable; more stops the run
     saving                 when the state of the training is saved
+    evaluation             when and on what the model is evaluated, and the best one kept
     """
 
     optimizer: OptimizerRecipe = OptimizerRecipe(lr=1e-5, min_lr=0.0)
@@ -48,18 +56,24 @@ class PairRecipe(Recipe):
     randaugment_magnitude: int = Field(5, ge=0, le=10)
     flip: bool = True
     precision: Precision = "float32"
+    activation_checkpointing: bool = False
     seed: int = 42
     num_workers: int = Field(2, ge=1)
     max_bad_fraction: float = Field(0.5, ge=0, le=1)
     saving: SavingRecipe = SavingRecipe()
+    evaluation: EvaluatingRecipe | None = None
+
+
+Measure = Callable[[Blip, Tokenizer, Sequence[Sample], EvaluatingRecipe], Scores]
 
 
 @dataclass(frozen=True)
 class PairTraining:
     """A step on a model, and all that its batches are made of.
 
-    data    data sets of any kind that `data.sources` reads; every kept caption is a pair
-    prefix  put before every text
+    data     data sets of any kind that `data.sources` reads; every kept caption is a pair
+    prefix   put before every text
+    measure  evaluates the model if the recipe says so; None where the task has no scores
     With several ranks, each takes its part of the data, and `batch_size` of them at a time.
     """
 
@@ -69,12 +83,15 @@ class PairTraining:
     data: Sequence[Path]
     tokenizer: Tokenizer
     prefix: str = ""
+    measure: Measure | None = None
 
     def run(self, files: TrainingFiles, title: str) -> None:
         """Train the step's model in place, or go on with that.
 
-        Raises ValueError if `files` hold the state of another training.
+        Raises ValueError if `files` hold the state of another training, and for data that the
+        model cannot be evaluated on.
         """
+        evaluation = self._evaluation(files.best)
         recipe, stream = self.recipe, self._stream()
         unchanged = {name: PairRecipe.model_fields[name].default for name in MAY_CHANGE}
         state = TrainingState(files.state, recipe.saving, recipe.model_copy(update=unchanged))
@@ -87,9 +104,34 @@ class PairTraining:
             log_path=files.log,
             precision=recipe.precision,
             accumulation_steps=recipe.accumulation_steps,
+            is_recomputed=recipe.activation_checkpointing,
             state=state,
+            evaluation=evaluation,
         )
         stream.warn_of_problems(title)
+
+    def _evaluation(self, folder: Path) -> Evaluation | None:
+        """Prepare what the recipe says; the best model goes to `folder`."""
+        recipe, measure = self.recipe.evaluation, self.measure
+        if recipe is None:
+            return None
+        if measure is None:
+            raise ValueError("evaluation: this task has none; leave it out of the recipe")
+        samples = _usable_samples(recipe.data) if world().is_first else []
+
+        def keep(num_steps: int, scores: Scores) -> None:
+            card = (
+                f"# {folder.name}\n\nThe best model so far of a training by openblip, after "
+                f"{num_steps} steps: {scores.to_json()}.\n\n"
+                f"## Recipe\n\n```yaml\n{dump_recipe(self.recipe)}```\n"
+            )
+            replace_checkpoint(folder, self.blip, self.tokenizer, card)
+
+        return Evaluation(
+            recipe.every_steps,
+            lambda: measure(self.blip, self.tokenizer, samples, recipe),
+            keep,
+        )
 
     def dry_run(self) -> DryRun:
         """Say what it would cost, from a few steps that are thrown away."""
@@ -100,6 +142,7 @@ class PairTraining:
             num_steps=self.recipe.num_steps,
             precision=self.recipe.precision,
             accumulation_steps=self.recipe.accumulation_steps,
+            is_recomputed=self.recipe.activation_checkpointing,
         )
 
     def _stream(self) -> PairStream:
@@ -123,3 +166,30 @@ class PairTraining:
             max_bad_fraction=recipe.max_bad_fraction,
             position=start_positions(world().size)[world().rank],
         )
+
+
+def _usable_samples(data: Sequence[str]) -> list[Sample]:
+    """Read samples to evaluate on, all of them now: a bad one must not end a long training.
+
+    Raises ValueError naming the first that is unusable.
+    """
+
+    def refuse(key: str, reason: str) -> None:
+        raise ValueError(f"evaluation.data: sample {key} is unusable: {reason}")
+
+    samples = [
+        sample
+        for path in data
+        for shard in list_shards(Path(path))
+        for sample in read_samples(shard, on_bad=refuse)
+    ]
+    if not samples:
+        raise ValueError(f"evaluation.data: there is no sample in {', '.join(data)}")
+    for sample in samples:
+        if not sample.captions:
+            refuse(sample.key, "it has no caption")
+        try:
+            decode_image(sample.image_bytes)
+        except ImageDecodeError as error:
+            refuse(sample.key, str(error))
+    return samples

@@ -36,16 +36,18 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavai
 
 @dataclass(frozen=True)
 class TrainingFiles:
-    """Where a training logs its losses (JSONL), and saves its state as it goes."""
+    """Where a training logs its losses (JSONL), saves its state and its best model as it goes."""
 
     log: Path
     state: Path
+    best: Path
 
     @classmethod
     def beside(cls, folder: Path) -> "TrainingFiles":
         """Return those of a training that will leave the checkpoint `folder`; make their place."""
         folder.parent.mkdir(parents=True, exist_ok=True)
-        return cls(*(folder.with_name(folder.name + end) for end in (".log.jsonl", ".state")))
+        ends = (".log.jsonl", ".state", ".best")
+        return cls(*(folder.with_name(folder.name + end) for end in ends))
 
     def remove_state(self) -> None:
         """Remove what an unfinished training goes on from: it is done."""

@@ -143,7 +143,7 @@ def test_a_stopped_training_ends_as_one_that_was_not(
             patch.setattr(loop.ProgressLine, "advance", until)
             with pytest.raises(StoppedError):
                 task.train(task.recipe, data, tokenizer, files)
-    faster = task.recipe.model_copy(update={"num_workers": 3})
+    faster = task.recipe.model_copy(update={"num_workers": 3, "activation_checkpointing": True})
     task.train(faster, data, tokenizer, files)
     assert same(twins.state, expected)
     assert files.log.read_bytes() == whole.log.read_bytes()
