@@ -23,6 +23,7 @@ from openblip.models.text import Role
 from openblip.models.vision import resize_position_embedding
 from openblip.tokenizer import Tokenizer
 from openblip.training.distributed import world
+from openblip.training.log import read_log
 from openblip.training.state import TrainingFiles
 
 FILES = ("config.json", "model.safetensors", "tokenizer.json", "README.md")
@@ -71,6 +72,18 @@ def save_checkpoint(folder: str | Path, model: Model, tokenizer: Tokenizer, card
         temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def replace_checkpoint(folder: Path, blip: Blip, tokenizer: Tokenizer, card: str) -> None:
+    """Write a model as `save_checkpoint` does, in place of what is there."""
+    new, old = (folder.with_name(f"{folder.name}.{which}") for which in ("new", "old"))
+    for left in (new, old):
+        shutil.rmtree(left, ignore_errors=True)
+    save_checkpoint(new, blip, tokenizer, card)
+    if folder.exists():
+        folder.rename(old)
+    new.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def check_is_free(folder: Path) -> None:
@@ -206,6 +219,7 @@ def save_run(
         return {}
     roles = sorted(blip.config.text.roles)
     files = TrainingFiles.beside(folder)
+    logged = read_log(files.log)
     result: dict[str, Any] = {
         "folder": str(folder),
         "log": str(files.log),
@@ -213,8 +227,14 @@ def save_run(
         "num_parameters": sum(parameter.numel() for parameter in blip.parameters()),
         "roles": roles,
         "notes": list(notes),
-        "last_step": json.loads(files.log.read_text("utf-8").splitlines()[-1]),
+        "last_step": logged.losses[-1],
     }
+    evaluated = "It has been evaluated on nothing yet."
+    if logged.evaluations:
+        best = max(logged.evaluations, key=lambda line: line["criterion"])
+        result["last_evaluation"] = logged.evaluations[-1]
+        result["best"] = {"folder": str(files.best), **best}
+        evaluated = f"On the data of the recipe's `evaluation`: {logged.evaluations[-1]}."
     lines = "".join(f"- {note}.\n" for note in notes)
     card = f"""---
 library_name: openblip
@@ -237,7 +257,7 @@ Losses at the last logged step: {result["last_step"]}.
 
 ## Use and limits
 
-What it knows is what its data say: see the recipe's `data`. It has been evaluated on nothing yet.
+What it knows is what its data say: see the recipe's `data`. {evaluated}
 """
     save_checkpoint(folder, blip, tokenizer, card)
     files.remove_state()

@@ -51,11 +51,17 @@ def loop_text(results: Mapping[str, Any], out: Path) -> str:
 def run_text(result: Mapping[str, Any]) -> str:
     """Say what a training left."""
     losses = ", ".join(f"{name} {value:.4g}" for name, value in result["last_step"].items())
-    return (
+    lines = [
         f"{result['folder']}: {result['num_parameters']:,} parameters, roles "
-        f"{', '.join(result['roles'])}, model id {result['model_id']}\n"
-        f"{result['log']}: {losses}"
-    )
+        f"{', '.join(result['roles'])}, model id {result['model_id']}",
+        f"{result['log']}: {losses}",
+    ]
+    if "best" in result:
+        best = dict(result["best"])
+        folder, step = best.pop("folder"), best.pop("step")
+        scores = ", ".join(f"{name} {value:.4g}" for name, value in best.items())
+        lines.append(f"{folder}: the best, of step {step}: {scores}")
+    return "\n".join(lines)
 
 
 def dry_text(result: Mapping[str, Any]) -> str:

@@ -10,13 +10,17 @@ from pydantic import Field
 from openblip.checkpoint import check_is_free, load_tokenizer, save_run
 from openblip.config import Recipe
 from openblip.data.batches import ImageTextBatch
+from openblip.data.samples import Sample
 from openblip.data.sources import kept_captions, list_shards
+from openblip.evaluation.captioning import evaluate_captioning
+from openblip.evaluation.retrieval import evaluate_itc
 from openblip.losses import lm_loss
 from openblip.models.blip import Blip, BlipConfig
 from openblip.models.text import MedConfig
 from openblip.models.vision import VisionConfig
 from openblip.tokenizer import Tokenizer
 from openblip.training.alignment import Alignment, AlignmentConfig
+from openblip.training.best import EvaluatingRecipe, Scores
 from openblip.training.distributed import world
 from openblip.training.loop import StepOutput, TrainingStep
 from openblip.training.optim import OptimizerRecipe
@@ -162,7 +166,20 @@ def pretraining(recipe: PretrainRecipe, data: Sequence[Path], tokenizer: Tokeniz
     torch.manual_seed(recipe.seed)
     blip = Blip(recipe.model.build_config(tokenizer))
     step = PretrainStep(blip, recipe.objective)
-    return PairTraining(step, recipe, blip, data, tokenizer)
+    return PairTraining(step, recipe, blip, data, tokenizer, measure=_measure)
+
+
+def _measure(
+    blip: Blip, tokenizer: Tokenizer, samples: Sequence[Sample], how: EvaluatingRecipe
+) -> Scores:
+    """Measure recalls by ITC alone, whose mean chooses the best, and captions without a prompt."""
+    itc = evaluate_itc(blip, tokenizer, samples)
+    captions = evaluate_captioning(
+        blip, tokenizer, samples, prompt="", decoding=how.decoding, is_silent=True
+    ).scores
+    values = {f"itc_{name}": value for name, value in itc.to_json().items()}
+    values |= {"cider": captions.cider, "bleu_4": captions.bleu_4}
+    return Scores(values, itc.mean)
 
 
 def pretrain(

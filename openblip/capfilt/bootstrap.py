@@ -174,7 +174,11 @@ class _Loop:
         return load_checkpoint(folder)[0]
 
     def _files(self, name: str) -> TrainingFiles:
-        return TrainingFiles(self.out / "logs" / f"{name}.jsonl", self.out / f"{name}.state")
+        return TrainingFiles(
+            self.out / "logs" / f"{name}.jsonl",
+            self.out / f"{name}.state",
+            self.out / f"{name}.best",
+        )
 
     def _pretrain(self, name: str, web: Path) -> Blip:
         return pretrain(

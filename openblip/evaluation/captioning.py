@@ -32,16 +32,18 @@ def evaluate_captioning(
     prompt: str,
     decoding: Decoding,
     batch_size: int = 32,
+    is_silent: bool = False,
 ) -> CaptioningReport:
     """Caption every sample and score it against the captions that the sample has.
 
+    is_silent  tell no progress
     Raises ValueError for a sample without captions, and ImageDecodeError for a bad image.
     """
     samples = list(samples)
     size_px = blip.config.vision.image_size_px
     images = (read_image(sample.image_bytes, size_px) for sample in samples)
     texts: list[str] = []
-    with ProgressLine("captioning", len(samples), unit="images") as progress:
+    with ProgressLine("captioning", len(samples), unit="images", is_silent=is_silent) as progress:
         for batch in batched(images, batch_size):
             seeds = [0] * batch.shape[0]
             written = caption_images(

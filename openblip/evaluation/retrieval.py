@@ -57,12 +57,19 @@ class RetrievalReport:
 
 @torch.no_grad()
 def score_retrieval(
-    blip: Blip, images: Iterable[Tensor], tokens: TokenBatch, *, shortlist: int, batch_size: int = 8
+    blip: Blip,
+    images: Iterable[Tensor],
+    tokens: TokenBatch,
+    *,
+    shortlist: int,
+    batch_size: int = 8,
+    is_silent: bool = False,
 ) -> RetrievalScores:
     """Score every image with every text by ITC, and each one's K best by ITM.
 
     images      (3, S, S) each; gone through twice, so that no image states need be kept
     batch_size  images encoded together; all pairs of one image are judged together
+    is_silent   tell no progress
     Raises ValueError if `images` is an iterator, which is empty the second time.
     Source: `evaluation` of the released train_retrieval.py. A pair of both shortlists is judged
     once, since its score does not depend on the direction.
@@ -77,7 +84,7 @@ def score_retrieval(
     in_text_list.scatter_(0, best_images, True)
     scores = torch.full_like(similarity, NOT_JUDGED)
     image = 0
-    with ProgressLine("re-ranking", num_images, unit="images") as progress:
+    with ProgressLine("re-ranking", num_images, unit="images", is_silent=is_silent) as progress:
         for batch in batched(images, batch_size):
             context = blip.project_context(blip.encode_image(batch.to(blip.device)))
             for row in range(batch.shape[0]):
@@ -104,27 +111,36 @@ def score_retrieval(
 
 
 def evaluate_retrieval(
-    blip: Blip, tokenizer: Tokenizer, samples: Iterable[Sample], *, shortlist: int
+    blip: Blip,
+    tokenizer: Tokenizer,
+    samples: Iterable[Sample],
+    *,
+    shortlist: int,
+    is_silent: bool = False,
 ) -> RetrievalReport:
     """Measure retrieval among samples, every caption of which is a text of its own.
 
+    is_silent  tell no progress
     Raises ValueError for no samples or one without captions, and ImageDecodeError for a bad image.
     """
-    samples = list(samples)
-    if not samples:
-        raise ValueError("there is no sample to evaluate on")
-    texts = [caption.text for sample in samples for caption in sample.captions]
-    owners = [index for index, sample in enumerate(samples) for _ in sample.captions]
-    images = _Images(samples, blip.config.vision.image_size_px)
-    scores = score_retrieval(blip, images, tokenize(tokenizer, texts), shortlist=shortlist)
-    text_image = torch.tensor(owners)
-    return RetrievalReport(
-        itc=retrieval_recalls(scores.similarity, scores.similarity.T, text_image),
-        reranked=retrieval_recalls(scores.image_to_text, scores.text_to_image, text_image),
-        shortlist=shortlist,
-        num_images=len(samples),
-        num_texts=len(texts),
+    pairs = _Pairs.of(blip, tokenizer, samples)
+    scores = score_retrieval(
+        blip, pairs.images, pairs.tokens, shortlist=shortlist, is_silent=is_silent
     )
+    return RetrievalReport(
+        itc=retrieval_recalls(scores.similarity, scores.similarity.T, pairs.owners),
+        reranked=retrieval_recalls(scores.image_to_text, scores.text_to_image, pairs.owners),
+        shortlist=shortlist,
+        num_images=len(pairs.images.samples),
+        num_texts=len(pairs.owners),
+    )
+
+
+def evaluate_itc(blip: Blip, tokenizer: Tokenizer, samples: Iterable[Sample]) -> RetrievalRecalls:
+    """Measure retrieval by ITC alone, as `evaluate_retrieval` does before re-ranking."""
+    pairs = _Pairs.of(blip, tokenizer, samples)
+    similarity = embed_images(blip, pairs.images) @ embed_texts(blip, pairs.tokens).T
+    return retrieval_recalls(similarity, similarity.T, pairs.owners)
 
 
 @dataclass(frozen=True)
@@ -136,3 +152,22 @@ class _Images:
 
     def __iter__(self) -> Iterator[Tensor]:
         return (read_image(sample.image_bytes, self.size_px) for sample in self.samples)
+
+
+@dataclass(frozen=True)
+class _Pairs:
+    """The samples' images, all texts, and the image (T,) that each text belongs to."""
+
+    images: _Images
+    tokens: TokenBatch
+    owners: Tensor
+
+    @classmethod
+    def of(cls, blip: Blip, tokenizer: Tokenizer, samples: Iterable[Sample]) -> "_Pairs":
+        samples = list(samples)
+        if not samples:
+            raise ValueError("there is no sample to evaluate on")
+        texts = [caption.text for sample in samples for caption in sample.captions]
+        owners = [index for index, sample in enumerate(samples) for _ in sample.captions]
+        images = _Images(samples, blip.config.vision.image_size_px)
+        return cls(images, tokenize(tokenizer, texts), torch.tensor(owners))

@@ -9,9 +9,12 @@ from pydantic import Field
 
 from openblip.captions import DEFAULT_PROMPT
 from openblip.data.batches import ImageTextBatch
+from openblip.data.samples import Sample
+from openblip.evaluation.captioning import evaluate_captioning
 from openblip.losses import lm_loss
 from openblip.models.blip import Blip
 from openblip.tokenizer import Tokenizer
+from openblip.training.best import EvaluatingRecipe, Scores
 from openblip.training.finetuning import FinetuningRun, run_finetuning
 from openblip.training.loop import StepOutput, TrainingStep
 from openblip.training.pairs import PairRecipe, PairTraining
@@ -61,7 +64,17 @@ def captioning_training(
     # [CLS] stands where [DEC] will; [SEP] ends the encoded prompt and is no part of it.
     prompt_length = len(tokenizer.encode(recipe.prompt)) - 1
     step = CaptioningStep(blip, prompt_length, recipe.label_smoothing)
-    return PairTraining(step, recipe, blip, data, tokenizer, recipe.prompt)
+
+    def measure(
+        blip: Blip, tokenizer: Tokenizer, samples: Sequence[Sample], how: EvaluatingRecipe
+    ) -> Scores:
+        report = evaluate_captioning(
+            blip, tokenizer, samples, prompt=recipe.prompt, decoding=how.decoding, is_silent=True
+        )
+        # The released code's choice of the best epoch.
+        return Scores(report.scores.to_json(), report.scores.cider + report.scores.bleu_4)
+
+    return PairTraining(step, recipe, blip, data, tokenizer, recipe.prompt, measure)
 
 
 def finetune_captioning(

@@ -9,10 +9,14 @@ import torch
 from pydantic import Field
 
 from openblip.data.batches import ImageTextBatch
+from openblip.data.samples import Sample
 from openblip.data.sources import kept_captions, list_shards
+from openblip.evaluation.retrieval import evaluate_retrieval
 from openblip.models.blip import Blip
 from openblip.tokenizer import Tokenizer
 from openblip.training.alignment import Alignment, AlignmentConfig, WrongTexts
+from openblip.training.best import EvaluatingRecipe, Scores
+from openblip.training.distributed import world
 from openblip.training.finetuning import FinetuningRun, run_finetuning
 from openblip.training.loop import StepOutput, TrainingStep
 from openblip.training.pairs import PairRecipe, PairTraining
@@ -74,9 +78,14 @@ class NegativeTexts:
         if not self._texts:
             raise ValueError(f"no caption in {', '.join(map(str, data))} to take as wrong text")
 
-    def draw(self, batch_size: int, step: int, device: torch.device) -> WrongTexts | None:
-        """Draw texts for some images of a batch; the same ones whenever the step is taken."""
-        rng = np.random.default_rng([self._recipe.seed, step])
+    def draw(
+        self, batch_size: int, step: int, device: torch.device, rank: int = 0, number: int = 0
+    ) -> WrongTexts | None:
+        """Draw texts for some images of a batch; the same ones whenever the step is taken.
+
+        rank, number  of the process, and of the batch in the step: others draw other texts
+        """
+        rng = np.random.default_rng([self._recipe.seed, step, rank, number])
         rows = np.flatnonzero(rng.random(batch_size) < self._recipe.negatives_share)
         if not rows.size:
             return None
@@ -100,12 +109,17 @@ class RetrievalStep(TrainingStep[ImageTextBatch]):
         self.blip = blip
         self.recipe = recipe
         self.alignment = Alignment(blip, recipe.alignment)
+        self._step, self._number = -1, 0
 
     def forward(self, batch: ImageTextBatch, step: int) -> StepOutput:
+        # Several batches of one step, under accumulation, differ by their number.
+        self._step, self._number = step, self._number + 1 if step == self._step else 0
         image_states = self.blip.encode_image(batch.images)
         wrong_texts = None
         if self._negatives is not None:
-            wrong_texts = self._negatives.draw(batch.images.shape[0], step, batch.images.device)
+            wrong_texts = self._negatives.draw(
+                batch.images.shape[0], step, batch.images.device, world().rank, self._number
+            )
         aligned = self.alignment(
             self.blip,
             batch.images,
@@ -145,7 +159,16 @@ def retrieval_training(
     torch.manual_seed(recipe.seed)
     wrong_texts = NegativeTexts(negatives, tokenizer, recipe) if negatives else None
     step = RetrievalStep(blip, recipe, wrong_texts)
-    return PairTraining(step, recipe, blip, data, tokenizer)
+    return PairTraining(step, recipe, blip, data, tokenizer, measure=_measure)
+
+
+def _measure(
+    blip: Blip, tokenizer: Tokenizer, samples: Sequence[Sample], how: EvaluatingRecipe
+) -> Scores:
+    """Measure recalls after re-ranking; the mean one chooses the best, as in the released code."""
+    report = evaluate_retrieval(blip, tokenizer, samples, shortlist=how.shortlist, is_silent=True)
+    values = {**report.reranked.to_json(), "itc_mean": report.itc.mean}
+    return Scores(values, report.reranked.mean)
 
 
 def finetune_retrieval(

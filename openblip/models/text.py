@@ -158,6 +158,9 @@ class SelfAttention(nn.Module):
         query, key, value = qkv.permute(2, 0, 3, 1, 4)
         return query, key, value
 
+    def forward(self, states: Tensor, visible: Tensor) -> Tensor:
+        return self.attend(states, *self.project(states), visible)
+
     def attend(
         self, states: Tensor, query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None
     ) -> Tensor:
@@ -224,7 +227,11 @@ _ONE_IMAGE: CrossBuilder = lambda config, layer: CrossAttention(config)  # noqa:
 
 
 class MedLayer(nn.Module):
-    """One layer: the self-attentions that the roles need, one cross-attention, one feed-forward."""
+    """One layer: the self-attentions that the roles need, one cross-attention, one feed-forward.
+
+    `project_context`, `encode`, `encode_pair` and `decode` are all that training calls, so that a
+    layer can be recomputed, compiled and split over ranks as a whole (`training.layers`).
+    """
 
     def __init__(self, config: MedConfig, layer: int, build_cross: CrossBuilder) -> None:
         super().__init__()
@@ -233,6 +240,26 @@ class MedLayer(nn.Module):
         self.cross = build_cross(config, layer) if config.has_cross else None
         self.up = nn.Linear(config.width, config.ffn_width)
         self.down = AttentionOutput(config, config.ffn_width)
+
+    def project_context(self, image_states: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the keys and values of image_states (B, N, context width)."""
+        assert self.cross is not None
+        return cast(AnyCrossAttention, self.cross).project_context(image_states)
+
+    def encode(self, states: Tensor, visible: Tensor) -> Tensor:
+        """Pass on text states (R, L, D), each of which sees what is `visible`."""
+        assert self.bidirectional is not None
+        return self.feed_forward(self.bidirectional(states, visible))
+
+    def encode_pair(self, states: Tensor, visible: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """The same in sight of images."""
+        assert self.bidirectional is not None
+        return self.cross_and_feed(self.bidirectional(states, visible), key, value)
+
+    def decode(self, states: Tensor, visible: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """The same by the decoder's self-attention."""
+        assert self.causal is not None
+        return self.cross_and_feed(self.causal(states, visible), key, value)
 
     def feed_forward(self, states: Tensor) -> Tensor:
         output: Tensor = self.down(F.gelu(self.up(states)), states)
@@ -302,9 +329,7 @@ class Med(nn.Module):
         visible = visible | torch.eye(length, dtype=torch.bool, device=token_ids.device)
         states = self._embed(token_ids, 0)
         for layer, key, value in self._layers_with(context):
-            assert layer.causal is not None
-            states = layer.causal.attend(states, *layer.causal.project(states), visible)
-            states = layer.cross_and_feed(states, key, value)
+            states = layer.decode(states, visible, key, value)
         return self._lm_logits(states)
 
     def decode_step(self, token_ids: Tensor, cache: DecoderCache, context: Context) -> Tensor:
@@ -336,10 +361,7 @@ class Med(nn.Module):
         """Project image_states (B, N, context width) to every layer's keys and values."""
         if not self.config.has_cross:
             raise ValueError("this model has neither the role 'pair' nor 'decode'")
-        pairs = [
-            cast(AnyCrossAttention, cast(MedLayer, layer).cross).project_context(image_states)
-            for layer in self.layers
-        ]
+        pairs = [cast(MedLayer, layer).project_context(image_states) for layer in self.layers]
         return Context(tuple(key for key, _ in pairs), tuple(value for _, value in pairs))
 
     def _encode(self, token_ids: Tensor, text_mask: Tensor, context: Context | None) -> Tensor:
@@ -347,14 +369,11 @@ class Med(nn.Module):
         states = self._embed(token_ids, 0)
         for index in range(len(self.layers)):
             layer = cast(MedLayer, self.layers[index])
-            assert layer.bidirectional is not None
-            states = layer.bidirectional.attend(
-                states, *layer.bidirectional.project(states), visible
-            )
             if context is None:
-                states = layer.feed_forward(states)
+                states = layer.encode(states, visible)
             else:
-                states = layer.cross_and_feed(states, context.keys[index], context.values[index])
+                key, value = context.keys[index], context.values[index]
+                states = layer.encode_pair(states, visible, key, value)
         return states
 
     def _embed(self, token_ids: Tensor, start: int) -> Tensor:

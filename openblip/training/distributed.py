@@ -9,12 +9,14 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.nn.functional import all_gather as all_gather_with_gradient
 from torch.distributed.rendezvous import rendezvous
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 
@@ -25,12 +27,14 @@ class World:
     rank, size    of this process, and how many there are
     device        that it computes on
     saving_group  talks beside the training, for what is saved meanwhile
+    waiting_group waits for what one rank alone does, however long it takes
     """
 
     rank: int
     size: int
     device: torch.device
     saving_group: distributed.ProcessGroup | None = None
+    waiting_group: distributed.ProcessGroup | None = None
 
     @property
     def is_first(self) -> bool:
@@ -92,10 +96,16 @@ class World:
     def wait(self) -> None:
         """Wait until all ranks are here."""
         if self.size > 1:
-            distributed.barrier()
+            distributed.barrier(self.waiting_group)
 
 
-_saving_groups: list[distributed.ProcessGroup] = []
+def local_part(tensor: Tensor) -> Tensor:
+    """Return what this rank holds of a tensor: of one that is split, its part."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+_groups: list[tuple[distributed.ProcessGroup, distributed.ProcessGroup]] = []
+"""For saving and for waiting, of the processes that have joined."""
 
 
 def world() -> World:
@@ -104,9 +114,7 @@ def world() -> World:
     if distributed.is_initialized():
         if device.type == "cuda":
             device = torch.device("cuda", torch.cuda.current_device())
-        return World(
-            distributed.get_rank(), distributed.get_world_size(), device, _saving_groups[-1]
-        )
+        return World(distributed.get_rank(), distributed.get_world_size(), device, *_groups[-1])
     return World(0, 1, device)
 
 
@@ -125,9 +133,10 @@ def joined() -> Iterator[World]:
     store, rank, size = next(rendezvous("env://"))
     store = PrefixStore(f"attempt_{attempt}", store)
     distributed.init_process_group(backend, store=store, rank=rank, world_size=size)
-    _saving_groups.append(distributed.new_group(backend="gloo"))
+    waiting_group = distributed.new_group(backend="gloo", timeout=timedelta(days=7))
+    _groups.append((distributed.new_group(backend="gloo"), waiting_group))
     try:
         yield world()
     finally:
-        _saving_groups.pop()
+        _groups.pop()
         distributed.destroy_process_group()

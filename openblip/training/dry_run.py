@@ -18,8 +18,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from openblip.data.batches import Batch
 from openblip.data.stream import SampleStream
 from openblip.training.distributed import world
-from openblip.training.loop import Precision, TrainingStep, fit
+from openblip.training.loop import TrainingStep, fit
 from openblip.training.optim import OptimizerRecipe
+from openblip.training.precision import Precision
 
 B = TypeVar("B", bound=Batch)
 
@@ -80,6 +81,7 @@ def dry_run(
     num_steps: int,
     precision: Precision,
     accumulation_steps: int,
+    is_recomputed: bool = False,
 ) -> DryRun:
     """Take some steps of a training, and say what all of it would cost."""
     timed = _Timed(stream)
@@ -95,6 +97,7 @@ def dry_run(
                 log_path=Path(folder, "log.jsonl"),
                 precision=precision,
                 accumulation_steps=accumulation_steps,
+                is_recomputed=is_recomputed,
             )
 
     # Fused attention is not counted on every device; as plain products it is.

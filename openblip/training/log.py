@@ -4,7 +4,8 @@ import io
 import json
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import IO
@@ -93,8 +94,29 @@ class ProgressLine:
         print(line.rstrip(), file=sys.stderr, flush=True)
 
 
+@dataclass(frozen=True)
+class Logged:
+    """What the log of a training holds, in the order of steps.
+
+    losses       a line per logged step
+    evaluations  a line per evaluation, of the scores alone with their step
+    """
+
+    losses: Sequence[Mapping[str, float]]
+    evaluations: Sequence[Mapping[str, float]]
+
+
+def read_log(path: Path) -> Logged:
+    """Read a file that `MeasureFile` wrote, and may still write."""
+    lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    return Logged(
+        [line for line in lines if "evaluation" not in line],
+        [{"step": line["step"]} | line["evaluation"] for line in lines if "evaluation" in line],
+    )
+
+
 class MeasureFile:
-    """A JSONL file with one object per logged step.
+    """A JSONL file with one object per logged step, and one with `evaluation` per evaluation.
 
     path            None writes nothing
     num_kept_bytes  of what an earlier run wrote; the rest is cut off
@@ -121,7 +143,7 @@ class MeasureFile:
         """Bytes written so far, by earlier runs too."""
         return self._file.tell()
 
-    def write(self, measures: Mapping[str, float]) -> None:
+    def write(self, measures: Mapping[str, object]) -> None:
         if self._path is None:
             return
         self._file.write(json.dumps(measures).encode() + b"\n")

@@ -3,20 +3,21 @@
 import contextlib
 import logging
 import signal
-import threading
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, Literal, Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from openblip.data.batches import Batch
 from openblip.data.position import Position
+from openblip.training.best import BestSoFar, Evaluation
 from openblip.training.curves import write_curves
 from openblip.training.distributed import world
+from openblip.training.layers import recomputed
 from openblip.training.log import MeasureFile, ProgressLine
 from openblip.training.momentum import QueueEntries
 from openblip.training.optim import (
@@ -25,13 +26,18 @@ from openblip.training.optim import (
     learning_rate,
     set_learning_rate,
 )
+from openblip.training.precision import MixedPrecision, Precision
 from openblip.training.state import TrainingState
+from openblip.training.watch import FiniteWatch, StopSignals
 
 LOG_EVERY_STEPS = 10
 
+FLOAT16_ADVICE = (
+    "float16 ends at 65,504, which no loss scale changes: bfloat16 and float32 reach further"
+)
+
 _log = logging.getLogger(__name__)
 
-Precision = Literal["float32", "bfloat16"]
 B = TypeVar("B", bound=Batch)
 B_co = TypeVar("B_co", bound=Batch, covariant=True)
 
@@ -80,18 +86,23 @@ def fit(
     log_path: Path,
     precision: Precision = "float32",
     accumulation_steps: int = 1,
+    is_recomputed: bool = False,
     state: TrainingState | None = None,
+    evaluation: Evaluation | None = None,
 ) -> None:
     """Train for `num_steps` optimizer steps, logging every tenth and the last to a JSONL file.
 
     A page with the curves stands beside the log, drawn whenever a state is saved and at the end.
 
     accumulation_steps  batches whose gradients are averaged for one optimizer step
+    is_recomputed       the transformer layers keep no activations for the backward pass
     state               where the training is saved as it goes; one that was saved goes on, and
                         ends with the weights, the queue and the log of one that never stopped
-    Raises FloatingPointError if a loss is not finite, noticed at the next logged step or before the
-    next state is saved, naming step, losses and samples. SIGINT and SIGTERM end the step, save the
-    state, and raise KeyboardInterrupt or SystemExit(143).
+    evaluation          what the model is measured by as it goes, and at the end
+    Raises FloatingPointError if a loss or, when a state is to be saved, a weight is not finite,
+    naming step, losses, samples and the last good state. A loss is looked at when the next step is
+    logged or the next state saved. SIGINT and SIGTERM end the step, save the state, and raise
+    KeyboardInterrupt or SystemExit(143).
     """
     ranks = world()
     model = ranks.wrap(training_step).train()
@@ -105,23 +116,34 @@ def fit(
         torch.manual_seed(torch.initial_seed() + ranks.rank)
     batches = iter(stream)
     device = ranks.device
-    autocast = (
-        torch.autocast(device.type, torch.bfloat16)
-        if precision == "bfloat16"
-        else contextlib.nullcontext()
-    )
-    watch = _FiniteWatch(device)
+    mixed = MixedPrecision(precision, device)
+    if resumed is not None:
+        mixed.restore(resumed.extra["precision"])
+    best = BestSoFar(evaluation) if evaluation is not None else None
+    if best is not None and resumed is not None and resumed.extra["best"] is not None:
+        best.restore(resumed.extra["best"])
+    watch = FiniteWatch(device, state, FLOAT16_ADVICE if mixed.is_scaled else "")
     with (
         state or contextlib.nullcontext(),
         ProgressLine(title, num_steps, done=first_step, is_silent=not ranks.is_first) as progress,
         MeasureFile(
             log_path if ranks.is_first else None, resumed.log_bytes if resumed is not None else 0
         ) as measures_file,
-        _StopSignals() as stop,
+        StopSignals() as stop,
         contextlib.closing(batches),
+        recomputed(training_step) if is_recomputed else contextlib.nullcontext(),
     ):
+
+        def evaluate(num_steps: int) -> None:
+            assert best is not None
+            scores = best.evaluate(training_step, num_steps)
+            measures_file.write({"step": num_steps - 1, "evaluation": scores})
+
         note = ""
         for step in range(first_step, num_steps):
+            # A state is saved before its model is evaluated: one that goes on begins with that.
+            if best is not None and best.is_due(step):
+                evaluate(step)
             lr = learning_rate(recipe, step, num_steps)
             set_learning_rate(optimizer, lr)
             optimizer.zero_grad(set_to_none=True)
@@ -129,20 +151,23 @@ def fit(
             for number in range(accumulation_steps):
                 batch = next(batches)
                 with ranks.averaging(model, number == accumulation_steps - 1):
-                    with autocast:
+                    with mixed.autocast():
                         output: StepOutput = model(batch.to(device), step)
-                    (output.total / accumulation_steps).backward()  # type: ignore[no-untyped-call]
-                watch.see(step, output, batch.keys)
+                    mixed.backward(output.total / accumulation_steps)
+                watch.see(step, output.total, output.measures, batch.keys)
                 outputs.append(output)
+            mixed.unscale(optimizer)
             if recipe.max_gradient_norm:
                 nn.utils.clip_grad_norm_(training_step.parameters(), recipe.max_gradient_norm)
-            optimizer.step()
+            mixed.step(optimizer)
+            watch.check_scale(mixed.scale)
             output = _mean(outputs)
             training_step.after_optimizer_step(output)
             is_last = step == num_steps - 1
             if step % LOG_EVERY_STEPS == 0 or is_last:
                 watch.check()
                 measures = ranks.mean({name: float(v) for name, v in output.measures.items()})
+                measures |= mixed.measures()
                 measures_file.write({"step": step, "lr": lr} | measures)
                 note = " ".join(f"{name} {value:.3g}" for name, value in measures.items())
             progress.advance(note=note)
@@ -152,14 +177,25 @@ def fit(
             )
             if state is not None and not is_last and (stop_signal or is_due):
                 watch.check()
+                watch.check_weights(training_step)
                 state.save(
-                    step + 1, training_step, optimizer, stream.position, measures_file.num_bytes
+                    step + 1,
+                    training_step,
+                    optimizer,
+                    stream.position,
+                    measures_file.num_bytes,
+                    {
+                        "precision": mixed.to_json(),
+                        "best": None if best is None else best.to_json(),
+                    },
                 )
                 _draw(log_path, title)
             if stop_signal and not is_last:
                 if stop_signal == signal.SIGINT:
                     raise KeyboardInterrupt
                 raise SystemExit(128 + stop_signal)
+        if best is not None:
+            evaluate(num_steps)
     _draw(log_path, title)
     training_step.eval()
 
@@ -181,51 +217,3 @@ def _mean(outputs: Sequence[StepOutput]) -> StepOutput:
         },
         entries=tuple(entry for output in outputs for entry in output.entries),
     )
-
-
-class _FiniteWatch:
-    """Sees whether losses are finite without waiting for the device at every step."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._is_finite = torch.ones((), dtype=torch.bool, device=device)
-        self._seen: list[tuple[int, StepOutput, tuple[str, ...]]] = []
-
-    def see(self, step: int, output: StepOutput, keys: tuple[str, ...]) -> None:
-        seen = StepOutput(output.total.detach(), output.measures)
-        self._is_finite = self._is_finite & torch.isfinite(seen.total)
-        self._seen.append((step, seen, keys))
-
-    def check(self) -> None:
-        """Raise FloatingPointError for the first loss since the last check that is not finite."""
-        if not self._is_finite:
-            for step, output, keys in self._seen:
-                if not torch.isfinite(output.total):
-                    measures = {name: float(value) for name, value in output.measures.items()}
-                    raise FloatingPointError(
-                        f"step {step}: the loss is not finite: {measures}; samples: "
-                        f"{', '.join(keys)}"
-                    )
-        self._seen.clear()
-
-
-class _StopSignals:
-    """Remembers SIGINT and SIGTERM until the step is done; a second one acts at once."""
-
-    signal: int = 0
-
-    def __enter__(self) -> "_StopSignals":
-        self._before: dict[int, Any] = {}
-        # Python hands signals to the main thread alone.
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                if signal.getsignal(number) is not signal.SIG_IGN:
-                    self._before[number] = signal.signal(number, self._remember)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _remember(self, number: int, frame: object) -> None:
-        self.signal = number
-        signal.signal(number, self._before[number])

@@ -1,30 +1,35 @@
 """Training on a stream: what pre-training and the fine-tunings have in common."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from pydantic import Field
 
-from openblip.config import Recipe
+from openblip.checkpoint import replace_checkpoint
+from openblip.config import Recipe, dump_recipe
 from openblip.data.batches import Batch, ImageTextBatch
 from openblip.data.pairs import PairStream
 from openblip.data.position import Position, start_positions
+from openblip.data.samples import Sample
+from openblip.data.sources import list_shards, read_samples
 from openblip.data.stream import SampleStream
-from openblip.images import TrainTransform
+from openblip.images import ImageDecodeError, TrainTransform, decode_image
 from openblip.models.blip import Blip
 from openblip.tokenizer import Tokenizer
+from openblip.training.best import EvaluatingRecipe, Evaluation, Scores
 from openblip.training.distributed import world
 from openblip.training.dry_run import DryRun, dry_run
-from openblip.training.loop import Precision, TrainingStep, fit
+from openblip.training.loop import TrainingStep, fit
 from openblip.training.optim import OptimizerRecipe
+from openblip.training.precision import Precision
 from openblip.training.state import SavingRecipe, TrainingFiles, TrainingState
 
 B = TypeVar("B", bound=Batch)
 
-MAY_CHANGE = ("num_workers", "max_bad_fraction", "saving")
+MAY_CHANGE = ("activation_checkpointing", "evaluation", "num_workers", "max_bad_fraction", "saving")
 """Settings that change no number, so that a training may go on with others."""
 
 
@@ -36,9 +41,14 @@ class PairRecipe(Recipe):
     min_crop_scale         smallest share of an image that a random crop keeps
     accumulation_steps     batches whose gradients are averaged for one optimizer step; in-batch
                            negatives stay those of the batch
+    precision              of the arithmetic; weights and optimizer stay float32
+    activation_checkpointing  keep no activations within the transformer layers and compute them
+                           anew in the backward pass: less memory, about a third more time, the
+                           same numbers
     num_workers            threads that decode and augment
     max_bad_fraction       share of the samples that may be unusable; more stops the run
     saving                 when the state of the training is saved
+    evaluation             when and on what the model is evaluated, and the best one kept
     """
 
     optimizer: OptimizerRecipe = OptimizerRecipe(lr=1e-5, min_lr=0.0)
@@ -52,10 +62,15 @@ class PairRecipe(Recipe):
     randaugment_magnitude: int = Field(5, ge=0, le=10)
     flip: bool = True
     precision: Precision = "float32"
+    activation_checkpointing: bool = False
     seed: int = 42
     num_workers: int = Field(2, ge=1)
     max_bad_fraction: float = Field(0.5, ge=0, le=1)
     saving: SavingRecipe = SavingRecipe()
+    evaluation: EvaluatingRecipe | None = None
+
+
+Measure = Callable[[Blip, Tokenizer, Sequence[Sample], EvaluatingRecipe], Scores]
 
 
 @dataclass(frozen=True)
@@ -75,8 +90,10 @@ class Training(ABC, Generic[B]):
     def run(self, files: TrainingFiles, title: str) -> None:
         """Train the step's model in place, or go on with that.
 
-        Raises ValueError if `files` hold the state of another training.
+        Raises ValueError if `files` hold the state of another training, and for data that the
+        model cannot be evaluated on.
         """
+        evaluation = self.evaluation(files.best)
         recipe, stream = self.recipe, self.new_stream()
         unchanged = {name: PairRecipe.model_fields[name].default for name in MAY_CHANGE}
         state = TrainingState(files.state, recipe.saving, recipe.model_copy(update=unchanged))
@@ -89,9 +106,20 @@ class Training(ABC, Generic[B]):
             log_path=files.log,
             precision=recipe.precision,
             accumulation_steps=recipe.accumulation_steps,
+            is_recomputed=recipe.activation_checkpointing,
             state=state,
+            evaluation=evaluation,
         )
         stream.warn_of_problems(title)
+
+    def evaluation(self, folder: Path) -> Evaluation | None:
+        """Prepare what the recipe says; the best model goes to `folder`.
+
+        Raises ValueError for data that the model cannot be evaluated on.
+        """
+        if self.recipe.evaluation is not None:
+            raise ValueError("evaluation: this task has none; leave it out of the recipe")
+        return None
 
     def dry_run(self) -> DryRun:
         """Say what it would cost, from a few steps that are thrown away."""
@@ -102,6 +130,7 @@ class Training(ABC, Generic[B]):
             num_steps=self.recipe.num_steps,
             precision=self.recipe.precision,
             accumulation_steps=self.recipe.accumulation_steps,
+            is_recomputed=self.recipe.activation_checkpointing,
         )
 
 
@@ -109,14 +138,16 @@ class Training(ABC, Generic[B]):
 class PairTraining(Training[ImageTextBatch]):
     """Training on image-text pairs.
 
-    data    data sets of any kind that `data.sources` reads; every kept caption is a pair
-    prefix  put before every text
+    data     data sets of any kind that `data.sources` reads; every kept caption is a pair
+    prefix   put before every text
+    measure  evaluates the model if the recipe says so; None where the task has no scores
     """
 
     blip: Blip
     data: Sequence[Path]
     tokenizer: Tokenizer
     prefix: str = ""
+    measure: Measure | None = None
 
     def new_stream(self) -> PairStream:
         recipe = self.recipe
@@ -134,6 +165,26 @@ class PairTraining(Training[ImageTextBatch]):
             position=start_position(),
         )
 
+    def evaluation(self, folder: Path) -> Evaluation | None:
+        recipe, measure = self.recipe.evaluation, self.measure
+        if recipe is None or measure is None:
+            return super().evaluation(folder)
+        samples = _usable_samples(recipe.data) if world().is_first else []
+
+        def keep(num_steps: int, scores: Scores) -> None:
+            card = (
+                f"# {folder.name}\n\nThe best model so far of a training by openblip, after "
+                f"{num_steps} steps: {scores.to_json()}.\n\n"
+                f"## Recipe\n\n```yaml\n{dump_recipe(self.recipe)}```\n"
+            )
+            replace_checkpoint(folder, self.blip, self.tokenizer, card)
+
+        return Evaluation(
+            recipe.every_steps,
+            lambda: measure(self.blip, self.tokenizer, samples, recipe),
+            keep,
+        )
+
 
 def train_transform(recipe: PairRecipe, image_size_px: int) -> TrainTransform:
     """Return what a recipe does to training images."""
@@ -149,3 +200,30 @@ def train_transform(recipe: PairRecipe, image_size_px: int) -> TrainTransform:
 def start_position() -> Position:
     """Return where this rank's stream starts."""
     return start_positions(world().size)[world().rank]
+
+
+def _usable_samples(data: Sequence[str]) -> list[Sample]:
+    """Read samples to evaluate on, all of them now: a bad one must not end a long training.
+
+    Raises ValueError naming the first that is unusable.
+    """
+
+    def refuse(key: str, reason: str) -> None:
+        raise ValueError(f"evaluation.data: sample {key} is unusable: {reason}")
+
+    samples = [
+        sample
+        for path in data
+        for shard in list_shards(Path(path))
+        for sample in read_samples(shard, on_bad=refuse)
+    ]
+    if not samples:
+        raise ValueError(f"evaluation.data: there is no sample in {', '.join(data)}")
+    for sample in samples:
+        if not sample.captions:
+            refuse(sample.key, "it has no caption")
+        try:
+            decode_image(sample.image_bytes)
+        except ImageDecodeError as error:
+            refuse(sample.key, str(error))
+    return samples

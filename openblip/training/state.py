@@ -12,6 +12,7 @@ import json
 import shutil
 import time
 import warnings
+from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,16 +37,18 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavai
 
 @dataclass(frozen=True)
 class TrainingFiles:
-    """Where a training logs its losses (JSONL), and saves its state as it goes."""
+    """Where a training logs its losses (JSONL), saves its state and its best model as it goes."""
 
     log: Path
     state: Path
+    best: Path
 
     @classmethod
     def beside(cls, folder: Path) -> "TrainingFiles":
         """Return those of a training that will leave the checkpoint `folder`; make their place."""
         folder.parent.mkdir(parents=True, exist_ok=True)
-        return cls(*(folder.with_name(folder.name + end) for end in (".log.jsonl", ".state")))
+        ends = (".log.jsonl", ".state", ".best")
+        return cls(*(folder.with_name(folder.name + end) for end in ends))
 
     def remove_state(self) -> None:
         """Remove what an unfinished training goes on from: it is done."""
@@ -72,11 +75,13 @@ class Resumed:
     num_steps  done so far
     position   of this rank's stream
     log_bytes  length of the log at that step
+    extra      what else the loop gave to be saved, in plain values
     """
 
     num_steps: int
     position: Position
     log_bytes: int
+    extra: Mapping[str, Any]
 
 
 class TrainingState:
@@ -123,9 +128,11 @@ class TrainingState:
         optimizer: torch.optim.Optimizer,
         position: Position,
         log_bytes: int,
+        extra: Mapping[str, Any] | None = None,
     ) -> None:
         """Copy the state now and write it beside the next steps.
 
+        extra  plain values that come back with it
         Raises what went wrong in writing the state before this one.
         """
         self.wait()
@@ -136,6 +143,7 @@ class TrainingState:
             folder.mkdir(parents=True)
         ranks.wait()
         own = {"num_steps": num_steps, "log_bytes": log_bytes, "position": position.to_json()}
+        own["extra"] = dict(extra or {})
         write_json_atomically(folder / f"rank-{ranks.rank:05d}.json", own)
         # The optimizer's states are keyed by name, and survive another order of the parameters.
         weights, moments = get_state_dict(module, optimizer)
@@ -194,7 +202,13 @@ class TrainingState:
             _set_random_states(tensors[_random_of(ranks)])
         positions = [Position.from_json(rank["position"]) for rank in before]
         position = deal_anew(positions, ranks.size)[ranks.rank]
-        return Resumed(before[0]["num_steps"], position, before[0]["log_bytes"])
+        return Resumed(before[0]["num_steps"], position, before[0]["log_bytes"], before[0]["extra"])
+
+    def last(self) -> Path | None:
+        """Return the last state that is complete on disk."""
+        self.wait()
+        saved = self._saved()
+        return saved[-1] if saved else None
 
     def _saved(self) -> list[Path]:
         return sorted(path.parent for path in self.folder.glob("step-*/.metadata"))

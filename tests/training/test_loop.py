@@ -8,10 +8,12 @@ import pytest
 import torch
 from torch import nn
 
+from openblip.config import Recipe
 from openblip.data.batches import ImageTextBatch
 from openblip.data.position import Position
 from openblip.training.loop import LOG_EVERY_STEPS, StepOutput, TrainingStep, fit
 from openblip.training.optim import OptimizerRecipe, learning_rate
+from openblip.training.state import SavingRecipe, TrainingState
 
 RECIPE = OptimizerRecipe(lr=0.1, min_lr=0.0, warmup_steps=2, warmup_lr=0.01)
 
@@ -114,7 +116,91 @@ def test_gradients_are_clipped_to_their_norm(tmp_path: Path) -> None:
         assert (max(Remembers.norms) <= 0.5 + 1e-6) == expected
 
 
-def test_bfloat16_is_autocast(tmp_path: Path) -> None:
+def test_a_weight_that_is_not_finite_is_not_saved(tmp_path: Path) -> None:
+    class Root(Line):
+        """From the fourth step on, the loss is 0 and its gradient is not a number."""
+
+        def forward(self, batch: ImageTextBatch, step: int) -> StepOutput:
+            output = super().forward(batch, step)
+            if step < 3:
+                return output
+            total = (self.weight - self.weight.detach()).square().sum().sqrt()
+            return StepOutput(total, {"loss": total.detach()})
+
+    saving = SavingRecipe(every_steps=2, every_minutes=0.0)
+    state = TrainingState(tmp_path / "m.state", saving, Recipe())
+    with pytest.raises(
+        FloatingPointError,
+        match=r"^step 3: the weight weight is not finite; the last good state is kept: "
+        r".*m\.state/step-00000002; samples: key3$",
+    ):
+        run(Root(), tmp_path, 8, state=state)
+    assert [path.name for path in (tmp_path / "m.state").glob("step*")] == ["step-00000002"]
+
+
+class Overflowing(Line):
+    """Its gradient overflows at a loss scale of 2 ** 13 or more; its loss in the step `bad`."""
+
+    def forward(self, batch: ImageTextBatch, step: int) -> StepOutput:
+        total = (self.weight * 2.0**-115 * 2.0**115).square().sum()
+        if self.bad == step:
+            total = total * torch.inf
+        return StepOutput(total, {"loss": total.detach()})
+
+    def after_optimizer_step(self, output: StepOutput) -> None:
+        self.calls.append(("after", 0, False))
+
+
+def overflowing(bad: int | None = None) -> Overflowing:
+    step = Overflowing(bad)
+    nn.init.constant_(step.weight, 0.5)
+    return step
+
+
+def test_float16_leaves_out_steps_that_overflow_and_counts_them(tmp_path: Path) -> None:
+    step = overflowing()
+    lines = run(step, tmp_path, 12, precision="float16")
+    first, last = lines[0], lines[-1]
+    assert (first["skipped_steps"], first["loss_scale"]) == (1, 2.0**15)
+    assert (last["skipped_steps"], last["loss_scale"]) == (4, 2.0**12)
+    assert last["loss"] < first["loss"]
+    assert len(step.calls) == 12
+
+
+def test_float16_goes_on_with_its_scale(tmp_path: Path) -> None:
+    def train(folder: Path, num_steps: int) -> tuple[Overflowing, list]:
+        folder.mkdir(exist_ok=True)
+        saving = SavingRecipe(every_steps=1, every_minutes=0.0)
+        state = TrainingState(folder / "m.state", saving, Recipe())
+        step = overflowing()
+        recipe = RECIPE.model_copy(update={"schedule": "constant"})
+        return step, run(step, folder, num_steps, recipe, precision="float16", state=state)
+
+    whole, expected = train(tmp_path / "whole", 12)
+    train(tmp_path / "part", 3)
+    stopped, lines = train(tmp_path / "part", 12)
+    assert torch.equal(whole.weight, stopped.weight)
+    assert lines[-1] == expected[-1]
+
+
+def test_float16_tells_a_loss_that_overflows_from_a_gradient(tmp_path: Path) -> None:
+    with pytest.raises(
+        FloatingPointError, match=r"step 5: the loss is not finite: .*'loss': inf.*; float16 ends"
+    ):
+        run(overflowing(5), tmp_path, 30, precision="float16")
+
+
+def test_gradients_that_always_overflow_stop_float16(tmp_path: Path) -> None:
+    class Never(Line):
+        def forward(self, batch: ImageTextBatch, step: int) -> StepOutput:
+            total = (self.weight - self.weight.detach()).square().sum().sqrt()
+            return StepOutput(total, {"loss": total.detach()})
+
+    with pytest.raises(FloatingPointError, match="step 16: gradients are not finite at a loss sca"):
+        run(Never(), tmp_path, 30, precision="float16")
+
+
+def test_reduced_precision_is_autocast(tmp_path: Path) -> None:
     class Layer(Line):
         def __init__(self) -> None:
             super().__init__()
@@ -128,7 +214,9 @@ def test_bfloat16_is_autocast(tmp_path: Path) -> None:
         def after_optimizer_step(self, output: StepOutput) -> None:
             pass
 
-    for precision, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
+    for precision, dtype in (
+        ("float32", torch.float32), ("bfloat16", torch.bfloat16), ("float16", torch.float16),
+    ):  # fmt: skip
         step = Layer()
         run(step, tmp_path, 1, precision=precision)
         assert step.dtype == dtype

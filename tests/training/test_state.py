@@ -19,7 +19,7 @@ from openblip.finetune.retrieval import RetrievalRecipe, finetune_retrieval
 from openblip.models.blip import Blip
 from openblip.pretrain import ModelRecipe, ObjectiveRecipe, PretrainRecipe, pretrain
 from openblip.tokenizer import Tokenizer
-from openblip.training import loop
+from openblip.training import loop, watch
 from openblip.training.alignment import AlignmentConfig
 from openblip.training.pairs import PairRecipe
 from openblip.training.state import SavingRecipe, TrainingFiles, TrainingState
@@ -143,7 +143,7 @@ def test_a_stopped_training_ends_as_one_that_was_not(
             patch.setattr(loop.ProgressLine, "advance", until)
             with pytest.raises(StoppedError):
                 task.train(task.recipe, data, tokenizer, files)
-    faster = task.recipe.model_copy(update={"num_workers": 3})
+    faster = task.recipe.model_copy(update={"num_workers": 3, "activation_checkpointing": True})
     task.train(faster, data, tokenizer, files)
     assert same(twins.state, expected)
     assert files.log.read_bytes() == whole.log.read_bytes()
@@ -259,8 +259,8 @@ def test_a_signal_ends_the_step_and_saves(
                 os.kill(os.getpid(), number)
             return finite(batch_stream, *args, **kwargs)
 
-        finite = loop._FiniteWatch.see
-        patch.setattr(loop._FiniteWatch, "see", signalled)
+        finite = watch.FiniteWatch.see
+        patch.setattr(watch.FiniteWatch, "see", signalled)
         with pytest.raises(error):
             task.train(recipe, data, tokenizer, files)
     assert saved(files.state) == ["step-00000006"]
