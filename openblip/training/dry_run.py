@@ -20,6 +20,7 @@ from openblip.data.stream import PairStream
 from openblip.training.distributed import world
 from openblip.training.loop import TrainingStep, fit
 from openblip.training.optim import OptimizerRecipe
+from openblip.training.parallel import Parallel
 from openblip.training.precision import Precision
 
 WARM_STEPS, MEASURED_STEPS = 2, 10
@@ -78,6 +79,8 @@ def dry_run(
     num_steps: int,
     precision: Precision,
     accumulation_steps: int,
+    parallel: Parallel = "ddp",
+    is_compiled: bool = False,
     is_recomputed: bool = False,
 ) -> DryRun:
     """Take some steps of a training, and say what all of it would cost."""
@@ -94,6 +97,8 @@ def dry_run(
                 log_path=Path(folder, "log.jsonl"),
                 precision=precision,
                 accumulation_steps=accumulation_steps,
+                parallel=parallel,
+                is_compiled=is_compiled,
                 is_recomputed=is_recomputed,
             )
 
