@@ -1,7 +1,7 @@
 """The measures of a training, as its log has them, to tensorboard or wandb beside the log."""
 
 import contextlib
-import hashlib
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -39,8 +39,7 @@ def trackers(
 ) -> Iterator[list[Tracker]]:
     """Open the trackers for a training, and close them at the end.
 
-    log_path    of the training; tensorboard's files go to a folder beside it, and wandb knows a
-                training that goes on by it
+    log_path    of the training; tensorboard's files and wandb's id of the run go beside it
     first_step  from which the training goes on; what was written of later steps is taken back
                 where the tracker can
     Raises ValueError naming the extra for a library that is not installed.
@@ -64,12 +63,15 @@ def _open(
             case "wandb":
                 import wandb
 
-                number = hashlib.blake2b(str(log_path.resolve()).encode(), digest_size=8)
+                # A training that goes on is the same run, and one that starts anew is another.
+                known = log_path.with_suffix(".wandb_id")
+                if not first_step or not known.exists():
+                    known.write_text(uuid.uuid4().hex, encoding="utf-8")
                 run: Any = wandb.init(
                     project="openblip",
                     name=f"{log_path.name.partition('.')[0]} ({title})",
-                    id=number.hexdigest(),
-                    resume="allow" if first_step else "never",
+                    id=known.read_text("utf-8"),
+                    resume="allow",
                     dir=str(log_path.parent),
                 )
                 run.define_metric("*", step_metric="step")

@@ -156,6 +156,27 @@ def check_close(one: Seen, other: Seen, tolerance: float) -> None:
     assert one.state.keys() == other.state.keys()
 
 
+def test_every_call_of_every_layer_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled_calls: list[str] = []
+
+    def noted(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def noting(*arguments: Tensor) -> Tensor:
+            compiled_calls.append(call.__name__)
+            return call(*arguments)
+
+        return noting
+
+    monkeypatch.setattr(torch, "compile", noted)
+    step = new_step()
+    with compiled(step):
+        step(batch(0), 0)
+    # Two layers each, and the twin's.
+    assert {name: compiled_calls.count(name) for name in set(compiled_calls)} == {
+        "forward": 4, "encode": 4, "encode_pair": 2, "decode": 2, "project_context": 2,
+    }  # fmt: skip
+
+
+@pytest.mark.slow
 def test_compiled_layers_are_traced_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything but the last stage of torch.compile, which needs a compiler and minutes."""
     if not any(map(shutil.which, ("c++", "g++", "clang++"))):

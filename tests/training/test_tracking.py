@@ -64,12 +64,14 @@ def test_tensorboard_gets_every_measure(libraries: None, calls: list[Any], tmp_p
 def test_wandb_knows_a_training_that_goes_on(
     libraries: None, calls: list[Any], tmp_path: Path
 ) -> None:
-    for first_step in (0, 40):
+    for first_step in (0, 40, 0):
         with trackers(["wandb"], tmp_path / "m.log.jsonl", "title", first_step) as [tracker]:
             tracker.write(50, {"loss": 1.5})
-    first, second = calls[0], calls[3]
-    assert first[:3] == ("init", "never", "m (title)")
-    assert second == ("init", "allow", "m (title)", first[3])
+    first, second, anew = calls[0], calls[3], calls[6]
+    assert first[:3] == ("init", "allow", "m (title)")
+    assert second == first
+    assert anew[:3] == first[:3]
+    assert anew[3] != first[3]
     assert calls[1:3] == [{"loss": 1.5, "step": 50}, "finish"]
 
 

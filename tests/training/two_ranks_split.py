@@ -129,6 +129,8 @@ def check(folder: Path) -> None:
     print("losses differ by", max(differences))
     assert max(differences) < LOSS_TOLERANCE
 
+    recomputed, _ = train(folder, "ddp recomputed", is_recomputed=True)
+    assert largest_difference(copied, recomputed) == 0.0
     recomputed, _ = train(folder, "recomputed", parallel="fsdp", is_recomputed=True)
     assert largest_difference(split, recomputed) == 0.0
 
