@@ -28,7 +28,7 @@ PROCESSES_AND_CLOCK = {
     "tempfile", "threading", "time", "urllib",
 }  # fmt: skip
 TORCH_DISTRIBUTED_OWNERS = {
-    "torch.distributed": {"training.distributed"},
+    "torch.distributed": {"training.distributed", "training.parallel"},
     "torch.distributed.checkpoint": {"training.state"},
 }
 ORACLES = {"transformers", "pycocoevalcap", "webdataset"}
@@ -167,8 +167,8 @@ KNOWN = {"models", "models.text", "models.blip", "training", "training.loop", "p
         ("generation", "from concurrent.futures import Future", "layer 1"),
         ("convert", "from transformers import BlipModel", "only tests"),
         ("cli", "from importlib import import_module", "by string"),
-        ("training.loop", "from torch import distributed", "training.distributed may"),
-        ("training.loop", "import torch\ntorch.distributed.barrier()", "training.distributed may"),
+        ("training.loop", "from torch import distributed", "training.parallel may"),
+        ("training.loop", "import torch\ntorch.distributed.barrier()", "training.parallel may"),
         ("hub", "import torch.distributed.checkpoint", "training.state may"),
         ("losses", "from openblip import Blip", "package's surface"),
         ("novelty", "", "has no layer"),

@@ -1,4 +1,4 @@
-"""Several processes as one training: the only user of torch.distributed.
+"""Several processes as one training; with `parallel`, the only user of torch.distributed.
 
 Started by torchrun, every process (rank) trains on its own batches and averages the gradients with
 the others'. Without torchrun there is one rank, and all of this does nothing.
@@ -76,6 +76,13 @@ class World:
             return rows
         return torch.cat(all_gather_with_gradient(rows.contiguous()))  # type: ignore[no-untyped-call]
 
+    def from_first(self, tensor: Tensor) -> Tensor:
+        """Return the first rank's tensor, of the same shape on all."""
+        sent = tensor.to(self.device, copy=True)
+        if self.size > 1:
+            distributed.broadcast(sent, 0)
+        return sent
+
     def mean(self, measures: Mapping[str, float]) -> dict[str, float]:
         """Return the mean of each measure over all ranks, which name the same ones."""
         if self.size == 1:
@@ -102,6 +109,14 @@ class World:
 def local_part(tensor: Tensor) -> Tensor:
     """Return what this rank holds of a tensor: of one that is split, its part."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole_tensor(tensor: Tensor) -> Tensor:
+    """Return all of a tensor that may be split; all ranks ask together."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    whole: Tensor = tensor.full_tensor()
+    return whole
 
 
 _groups: list[tuple[distributed.ProcessGroup, distributed.ProcessGroup]] = []

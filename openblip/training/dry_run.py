@@ -20,6 +20,7 @@ from openblip.data.stream import SampleStream
 from openblip.training.distributed import world
 from openblip.training.loop import TrainingStep, fit
 from openblip.training.optim import OptimizerRecipe
+from openblip.training.parallel import Parallel
 from openblip.training.precision import Precision
 
 B = TypeVar("B", bound=Batch)
@@ -81,12 +82,14 @@ def dry_run(
     num_steps: int,
     precision: Precision,
     accumulation_steps: int,
+    parallel: Parallel = "ddp",
+    is_compiled: bool = False,
     is_recomputed: bool = False,
 ) -> DryRun:
     """Take some steps of a training, and say what all of it would cost."""
     timed = _Timed(stream)
 
-    def take(num: int) -> None:
+    def take(num: int, *, is_counted: bool) -> None:
         with tempfile.TemporaryDirectory() as folder:
             fit(
                 step,
@@ -97,14 +100,16 @@ def dry_run(
                 log_path=Path(folder, "log.jsonl"),
                 precision=precision,
                 accumulation_steps=accumulation_steps,
+                parallel=parallel,
+                is_compiled=is_compiled and not is_counted,
                 is_recomputed=is_recomputed,
             )
 
-    # Fused attention is not counted on every device; as plain products it is.
+    # Fused attention is not counted on every device, nor is what is compiled; plain products are.
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        take(1)
+        take(1, is_counted=True)
     timed.times.clear()
-    take(WARM_STEPS + MEASURED_STEPS)
+    take(WARM_STEPS + MEASURED_STEPS, is_counted=False)
     starts = timed.times[WARM_STEPS * accumulation_steps :: accumulation_steps]
     seconds = statistics.median(later - earlier for earlier, later in pairwise(starts))
     trained = [p for p in step.parameters() if p.requires_grad]

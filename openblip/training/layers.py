@@ -6,9 +6,12 @@ those of a training without.
 """
 
 import contextlib
+import os
+import shutil
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -16,6 +19,9 @@ from openblip.models.text import MedLayer
 from openblip.models.vision import VisionLayer
 
 Call = Callable[..., Any]
+
+MOST_COMPILATIONS = 128
+"""Of one method: shapes, with and without gradients, and rates of dropped paths."""
 
 
 def transformer_layers(module: nn.Module) -> Iterator[tuple[nn.Module, tuple[str, ...]]]:
@@ -34,8 +40,35 @@ def recomputed(module: nn.Module) -> Iterator[None]:
     Dropout draws the same numbers the second time. What needs no gradient, such as the momentum
     twin, is left alone.
     """
-    with _replaced(module, _recompute):
+    with _replaced(module, _recompute, _is_trained):
         yield
+
+
+@contextlib.contextmanager
+def compiled(module: nn.Module) -> Iterator[None]:
+    """Compile the calls of all layers with torch.compile, until the end.
+
+    What is around them is a few per cent of the work, and changes its shape with every batch's
+    texts and draws. The numbers are those of other kernels: equal up to rounding, and other draws
+    of dropout.
+
+    Raises ValueError where nothing can be compiled.
+    """
+    names = [os.environ.get("CXX", ""), "c++", "g++", "clang++"]
+    if not any(name and shutil.which(name) for name in names):
+        raise ValueError("compile: there is no C++ compiler; install g++, or leave it off")
+    # Layers share their code, and each rate of dropped paths is a compilation of its own.
+    limit = torch._dynamo.config.recompile_limit
+    torch._dynamo.config.recompile_limit = max(limit, MOST_COMPILATIONS)
+    try:
+        with _replaced(module, torch.compile, lambda layer: True):
+            yield
+    finally:
+        torch._dynamo.config.recompile_limit = limit
+
+
+def _is_trained(layer: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in layer.parameters())
 
 
 def _recompute(call: Call) -> Call:
@@ -46,13 +79,11 @@ def _recompute(call: Call) -> Call:
 
 
 @contextlib.contextmanager
-def _replaced(module: nn.Module, replace: Callable[[Call], Call]) -> Iterator[None]:
-    """Replace the calls of all layers that are trained, until the end."""
-    layers = [
-        (layer, names)
-        for layer, names in transformer_layers(module)
-        if any(parameter.requires_grad for parameter in layer.parameters())
-    ]
+def _replaced(
+    module: nn.Module, replace: Callable[[Call], Call], is_meant: Callable[[nn.Module], bool]
+) -> Iterator[None]:
+    """Replace the calls of some layers, until the end."""
+    layers = [(layer, names) for layer, names in transformer_layers(module) if is_meant(layer)]
     before = [dict(vars(layer)) for layer, _ in layers]
     for layer, names in layers:
         for name in names:

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from openblip.models.blip import Blip
 from openblip.models.text import Med
 from openblip.models.vision import VisionTransformer
+from openblip.training.distributed import local_part
 
 NO_ID = -100
 """Id of an empty place in the queue; equal to no real id."""
@@ -51,8 +52,11 @@ class MomentumTwin(nn.Module):
         """Move towards the online weights: twin = momentum * twin + (1 - momentum) * online."""
         online = dict(blip.named_parameters())
         names = [name for name, _ in self.named_parameters()]
+        # Of weights that are split over ranks, both sides are split alike.
         torch._foreach_lerp_(
-            list(self.parameters()), [online[name] for name in names], 1.0 - self.momentum
+            [local_part(parameter) for parameter in self.parameters()],
+            [local_part(online[name]) for name in names],
+            1.0 - self.momentum,
         )
 
 

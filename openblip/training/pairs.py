@@ -4,9 +4,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from openblip.checkpoint import replace_checkpoint
 from openblip.config import Recipe, dump_recipe
@@ -24,12 +24,21 @@ from openblip.training.distributed import world
 from openblip.training.dry_run import DryRun, dry_run
 from openblip.training.loop import TrainingStep, fit
 from openblip.training.optim import OptimizerRecipe
+from openblip.training.parallel import Parallel
 from openblip.training.precision import Precision
 from openblip.training.state import SavingRecipe, TrainingFiles, TrainingState
+from openblip.training.tracking import TrackerName
 
 B = TypeVar("B", bound=Batch)
 
-MAY_CHANGE = ("activation_checkpointing", "evaluation", "num_workers", "max_bad_fraction", "saving")
+MAY_CHANGE = (
+    "activation_checkpointing",
+    "evaluation",
+    "num_workers",
+    "max_bad_fraction",
+    "saving",
+    "tracking",
+)
 """Settings that change no number, so that a training may go on with others."""
 
 
@@ -45,9 +54,13 @@ class PairRecipe(Recipe):
     activation_checkpointing  keep no activations within the transformer layers and compute them
                            anew in the backward pass: less memory, about a third more time, the
                            same numbers
+    compile                the transformer layers by torch.compile; the first steps take minutes
+    parallel               on several ranks: `ddp` keeps a whole copy of the model on each; `fsdp`
+                           splits it with the optimizer's state, for models too large for that
     num_workers            threads that decode and augment
     max_bad_fraction       share of the samples that may be unusable; more stops the run
     saving                 when the state of the training is saved
+    tracking               where the log's measures go besides: `tensorboard`, `wandb`
     evaluation             when and on what the model is evaluated, and the best one kept
     """
 
@@ -63,11 +76,21 @@ class PairRecipe(Recipe):
     flip: bool = True
     precision: Precision = "float32"
     activation_checkpointing: bool = False
+    compile: bool = False
+    parallel: Parallel = "ddp"
     seed: int = 42
     num_workers: int = Field(2, ge=1)
     max_bad_fraction: float = Field(0.5, ge=0, le=1)
     saving: SavingRecipe = SavingRecipe()
+    tracking: tuple[TrackerName, ...] = ()
     evaluation: EvaluatingRecipe | None = None
+
+    @model_validator(mode="after")
+    def _check_precision(self) -> Self:
+        if self.parallel == "fsdp" and self.precision == "float16":
+            # The loss scale would have to know of overflows in the other ranks' parts.
+            raise ValueError("parallel fsdp takes precision float32 or bfloat16, not float16")
+        return self
 
 
 Measure = Callable[[Blip, Tokenizer, Sequence[Sample], EvaluatingRecipe], Scores]
@@ -106,9 +129,12 @@ class Training(ABC, Generic[B]):
             log_path=files.log,
             precision=recipe.precision,
             accumulation_steps=recipe.accumulation_steps,
+            parallel=recipe.parallel,
+            is_compiled=recipe.compile,
             is_recomputed=recipe.activation_checkpointing,
             state=state,
             evaluation=evaluation,
+            tracking=recipe.tracking,
         )
         stream.warn_of_problems(title)
 
@@ -130,6 +156,8 @@ class Training(ABC, Generic[B]):
             num_steps=self.recipe.num_steps,
             precision=self.recipe.precision,
             accumulation_steps=self.recipe.accumulation_steps,
+            parallel=self.recipe.parallel,
+            is_compiled=self.recipe.compile,
             is_recomputed=self.recipe.activation_checkpointing,
         )
 

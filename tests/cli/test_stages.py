@@ -107,6 +107,22 @@ def test_finetune_leaves_a_model_of_the_task(
     assert (tmp_path / "m.log.jsonl").is_file()
 
 
+def test_the_best_model_stands_beside_the_last(
+    run, recipe, world: Path, model: Path, tmp_path: Path
+) -> None:
+    text = finetuning(world, model) + f"evaluation: {{every_steps: 1, data: [{world / 'human'}]}}\n"
+    result = run("finetune", "captioning", recipe(text), "--out", tmp_path / "m", "--json")
+    assert result.code == 0, result.err
+    best = result.json["best"]
+    assert best["folder"] == str(tmp_path / "m.best")
+    load_checkpoint(best["folder"])
+    assert best["criterion"] == pytest.approx(best["cider"] + best["bleu_4"])
+    assert result.json["last_evaluation"]["step"] == 1
+    assert "'cider':" in (tmp_path / "m" / "README.md").read_text()
+    lost = run("finetune", "captioning", recipe(text.replace("human", "nowhere")), "--out", "n")
+    assert lost.code == 2
+
+
 @pytest.mark.parametrize("command", ["pretrain", "finetune captioning", "finetune retrieval"])
 def test_a_dry_run_tells_the_cost_and_writes_nothing(
     run, recipe, world: Path, model: Path, tmp_path: Path, command: str

@@ -13,6 +13,11 @@ from tests.faults.trainings import COMMON, RECIPES, check_equal, children_of, nu
 
 pytestmark = pytest.mark.slow
 
+SPLIT = (
+    "parallel: fsdp\nprecision: bfloat16\nactivation_checkpointing: true\n"
+    "evaluation: {every_steps: 40, data: [{test}], decoding: {method: greedy, max_tokens: 6}}\n"
+)
+
 
 @pytest.mark.parametrize("signals", [[signal.SIGKILL] * 3, [signal.SIGTERM, signal.SIGINT]])
 @pytest.mark.parametrize("command", RECIPES)
@@ -39,13 +44,16 @@ def test_a_killed_training_ends_as_one_that_was_not(
     check_equal(whole, killed)
 
 
-@pytest.mark.parametrize("command", RECIPES)
+@pytest.mark.parametrize(
+    ("command", "extra"), [*((command, "") for command in RECIPES), ("pretrain", SPLIT)]
+)
 def test_two_ranks_that_are_killed_end_as_two_that_were_not(
-    command: str, world: Path, base: Path, tmp_path: Path
+    command: str, extra: str, world: Path, base: Path, tmp_path: Path
 ) -> None:
     """Kill all processes, let SIGTERM stop them, and kill one alone, which torchrun restarts."""
     recipe = tmp_path / "recipe.yaml"
     text = f"data: [{world / 'web'}]\n" + COMMON + RECIPES[command].replace("{base}", str(base))
+    text += extra.replace("{test}", str(world / "test"))
     recipe.write_text(text)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert start(command, recipe, whole, 2).wait() == 0

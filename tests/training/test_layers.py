@@ -1,11 +1,14 @@
 """What is done to the layers of a training step changes no number, and is undone at the end."""
 
+import functools
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.testing import assert_close
 
 from openblip.data.batches import ImageTextBatch
 from openblip.models.blip import Blip, BlipConfig
@@ -13,7 +16,7 @@ from openblip.models.text import MedConfig, MedLayer, SpecialTokens
 from openblip.models.vision import VisionConfig, VisionLayer
 from openblip.pretrain import ObjectiveRecipe, PretrainStep
 from openblip.training.alignment import AlignmentConfig
-from openblip.training.layers import recomputed, transformer_layers
+from openblip.training.layers import compiled, recomputed, transformer_layers
 from openblip.training.optim import OptimizerRecipe, build_optimizer
 
 
@@ -141,3 +144,63 @@ def test_the_layers_are_as_before_at_the_end() -> None:
     with recomputed(step):
         assert [dict(vars(layer)) for layer, _ in layers] != before
     assert [dict(vars(layer)) for layer, _ in layers] == before
+
+
+def check_close(one: Seen, other: Seen, tolerance: float) -> None:
+    assert one.losses == pytest.approx(other.losses, abs=tolerance)
+    assert one.gradients.keys() == other.gradients.keys()
+    first = [name for name in one.gradients if name.startswith("0 ")]
+    for name in first:
+        assert_close(one.gradients[name], other.gradients[name], atol=tolerance, rtol=1e-4)
+    # What resumes and is saved has the same names.
+    assert one.state.keys() == other.state.keys()
+
+
+def test_every_call_of_every_layer_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled_calls: list[str] = []
+
+    def noted(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def noting(*arguments: Tensor) -> Tensor:
+            compiled_calls.append(call.__name__)
+            return call(*arguments)
+
+        return noting
+
+    monkeypatch.setattr(torch, "compile", noted)
+    step = new_step()
+    with compiled(step):
+        step(batch(0), 0)
+    # Two layers each, and the twin's.
+    assert {name: compiled_calls.count(name) for name in set(compiled_calls)} == {
+        "forward": 4, "encode": 4, "encode_pair": 2, "decode": 2, "project_context": 2,
+    }  # fmt: skip
+
+
+@pytest.mark.slow
+def test_compiled_layers_are_traced_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything but the last stage of torch.compile, which needs a compiler and minutes."""
+    if not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        pytest.skip("there is no C++ compiler")
+    plain = train(new_step(0.0))
+    monkeypatch.setattr(
+        torch, "compile", functools.partial(torch.compile, backend="aot_eager", fullgraph=True)
+    )
+    step = new_step(0.0)
+    with compiled(step), recomputed(step):
+        check_close(train(step), plain, 1e-6)
+
+
+@pytest.mark.slow
+def test_compiled_layers_give_the_same_numbers() -> None:
+    if not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        pytest.skip("there is no C++ compiler")
+    plain = train(new_step(0.0))
+    step = new_step(0.0)
+    with compiled(step):
+        check_close(train(step), plain, 1e-5)
+
+
+def test_without_a_compiler_nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("openblip.training.layers.shutil.which", lambda name: None)
+    with pytest.raises(ValueError, match=r"compile: there is no C\+\+ compiler"):
+        compiled(new_step()).__enter__()
