@@ -22,6 +22,7 @@ from openblip.checkpoint import Model, load_checkpoint, model_id, save_checkpoin
 from openblip.convert_official import OfficialKind, official_config
 from openblip.convert_transformers import ROLES_OF, Architecture
 from openblip.convert_weights import (
+    foreign_shapes,
     from_official,
     listing,
     nlvr_names,
@@ -256,10 +257,7 @@ def _assemble(
             if not _equal(kept.pop(repeat), kept[name]):
                 problems.append(f"{repeat} differs from {name}, to which it should be tied")
     own: Mapping[str, Tensor] = model.state_dict()
-    shapes: dict[str, tuple[int, ...]] = {}
-    for ours, parts in names.items():
-        rows, *rest = own[ours].shape or (1,)
-        shapes |= dict.fromkeys(parts, (rows // len(parts), *rest) if own[ours].ndim else ())
+    shapes = foreign_shapes(own, names)
     problems += [f"missing {name}" for name in sorted(shapes.keys() - kept.keys())]
     problems += [f"extra {name}" for name in sorted(kept.keys() - shapes.keys())]
     for name in sorted(shapes.keys() & kept.keys()):

@@ -7,7 +7,7 @@ are stacked.
 
 import math
 import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -189,6 +189,19 @@ def from_official(
         ours: torch.cat([tensors[part] for part in parts]) if len(parts) > 1 else tensors[parts[0]]
         for ours, parts in names.items()
     }
+
+
+def foreign_shapes(
+    own: Mapping[str, Tensor], names: Mapping[str, Sequence[str]]
+) -> dict[str, tuple[int, ...]]:
+    """Return the shape that each tensor must have that `from_official` stacks into ours."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for ours, parts in names.items():
+        shape = tuple(own[ours].shape)
+        if len(parts) > 1:
+            shape = (shape[0] // len(parts), *shape[1:])
+        shapes |= dict.fromkeys(parts, shape)
+    return shapes
 
 
 def to_official(tensors: Mapping[str, Tensor], names: Mapping[str, list[str]]) -> dict[str, Tensor]:

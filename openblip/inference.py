@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from openblip.captions import clean_caption
 from openblip.generation import Decoding, generate
@@ -19,6 +20,16 @@ from openblip.tokenizer import TokenBatch, Tokenizer
 
 MAX_TEXT_TOKENS = 35
 """Tokens of a text that is compared or judged, [CLS] and [SEP] included (BLIP's retrieval)."""
+
+
+DEFAULT_TEMPLATES = (
+    "a picture of {}",
+    "a picture of a {}",
+    "a photo of the {}",
+    "there is a {} in the picture",
+    "a close-up of a {}",
+)
+"""Sentences that a label is put into, at `{}`."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +51,23 @@ class Judgement:
     """How well a text fits an image: probability of the ITM head, and ITC cosine."""
 
     match_probability: float
+    similarity: float
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Names of classes, and what an image is compared with for each: (number, E), unit norm."""
+
+    names: tuple[str, ...]
+    embedding: Tensor
+
+
+@dataclass(frozen=True)
+class LabelGuess:
+    """How well a label fits an image: its share among all labels, and ITC cosine."""
+
+    label: str
+    probability: float
     similarity: float
 
 
@@ -155,3 +183,43 @@ def embed_texts(blip: Blip, tokens: TokenBatch, *, batch_size: int = 256) -> Ten
         text_mask = tokens.text_mask[start : start + batch_size].to(blip.device)
         embeddings.append(blip.embed_text(blip.encode_text(token_ids, text_mask)).cpu())
     return torch.cat(embeddings)
+
+
+def embed_labels(
+    blip: Blip,
+    tokenizer: Tokenizer,
+    names: Sequence[str],
+    templates: Sequence[str] = DEFAULT_TEMPLATES,
+) -> Labels:
+    """Embed each label as the mean of its sentences' embeddings, normalised again.
+
+    templates   each holds `{}`, where the label goes
+    Raises ValueError for no or repeated labels, and for a template without its place.
+    Source: CLIP (Radford et al. 2021), section 3.1.4.
+    """
+    if not names or not templates:
+        raise ValueError(f"{len(names)} labels and {len(templates)} templates; give some of both")
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"labels that stand more than once: {', '.join(repeated)}")
+    if wrong := [template for template in templates if template.count("{}") != 1]:
+        raise ValueError(f"templates need one {{}} for the label; these do not: {wrong}")
+    texts = [template.replace("{}", name) for name in names for template in templates]
+    embeddings = embed_texts(blip, tokenize(tokenizer, texts))
+    means = embeddings.view(len(names), len(templates), -1).mean(dim=1)
+    return Labels(tuple(names), F.normalize(means, dim=-1))
+
+
+@torch.no_grad()
+def classify(blip: Blip, images: Tensor, labels: Labels) -> list[list[LabelGuess]]:
+    """Compare each image of a batch (B, 3, S, S) with all labels; the best guess comes first.
+
+    A probability is the softmax of the cosines over the model's temperature: it is a share among
+    these labels, however ill they all fit.
+    """
+    similarity = embed_images(blip, list(images)) @ labels.embedding.T
+    probability = (similarity / blip.temperature.cpu()).softmax(dim=1)
+    ranked = similarity.sort(dim=1, descending=True, stable=True).indices
+    return [
+        [LabelGuess(labels.names[i], float(shares[i]), float(cosines[i])) for i in order.tolist()]
+        for order, shares, cosines in zip(ranked, probability, similarity, strict=True)
+    ]
