@@ -68,6 +68,7 @@ app.add_typer(cli_stages.finetune_app, name="finetune")
 app.add_typer(cli_stages.capfilt_app, name="capfilt")
 app.add_typer(evaluate_app, name="evaluate")
 evaluate_app.command("classification")(cli_zero_shot.evaluate_classification)
+evaluate_app.command("video")(cli_zero_shot.evaluate_video)
 
 
 def _print_version(is_asked: bool) -> None:

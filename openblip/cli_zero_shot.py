@@ -101,6 +101,48 @@ def evaluate_classification(
     answer(report.to_json(), table(rows), as_json=as_json)
 
 
+def evaluate_video(
+    model: ModelArgument,
+    data: Annotated[
+        Path,
+        typer.Argument(
+            metavar="DATA", help="Folder of videos: files, or a folder of frames for each."
+        ),
+    ],
+    texts: Annotated[
+        Path,
+        typer.Option(
+            help="Captions: JSONL of clip_name and caption, or MSRVTT's CSV or JSON file."
+        ),
+    ],
+    num_frames: Annotated[
+        int, typer.Option("--frames", min=1, help="Frames that are looked at of each video.")
+    ] = 8,
+    shortlist: Annotated[int, typer.Option(min=1, help="Candidates that ITM re-ranks.")] = 128,
+    as_json: AsJson = False,
+) -> None:
+    """Measure recalls of texts for videos and the reverse, with a model of images.
+
+    In percent; tr finds texts for a video, ir videos for a text.
+    """
+    from openblip.data.video import read_video_texts
+    from openblip.evaluation.video import evaluate_videos
+    from openblip.hub import load
+
+    captions = read_video_texts(texts)
+    report = evaluate_videos(
+        *load(model), captions, data, num_frames=num_frames, shortlist=shortlist
+    )
+    itc, reranked = report.itc.to_json(), report.reranked.to_json()
+    rows = [[name, f"{itc[name]:.2f}", f"{reranked[name]:.2f}"] for name in itc]
+    size = (
+        f"{report.num_videos} videos of {num_frames} frames, {report.num_texts} texts, shortlist "
+        f"{shortlist}, median rank of a text's video {report.median_rank:g}"
+    )
+    text = table([["recall in %", "itc", "reranked"], *rows])
+    answer(report.to_json(), f"{text}\n{size}", as_json=as_json)
+
+
 def _templates(path: Path | None) -> Sequence[str]:
     from openblip.inference import DEFAULT_TEMPLATES
 

@@ -74,6 +74,19 @@ def retrieval_recalls(
     return RetrievalRecalls(*tr, *ir, tr_mean, ir_mean, (tr_mean + ir_mean) / 2)
 
 
+def median_rank(scores: Tensor, is_match: Tensor) -> float:
+    """Return the median, over queries, of the rank of a query's best match; 1 is the best rank.
+
+    scores    (R, C) higher is better
+    is_match  (R, C) bool, at least one in every row
+    """
+    best = scores.masked_fill(~is_match, -torch.inf).amax(dim=1, keepdim=True)
+    is_tied = scores == best
+    # Of t tied candidates, m of them matches, the first match stands at (t + 1) / (m + 1).
+    place = (is_tied.sum(dim=1) + 1) / ((is_tied & is_match).sum(dim=1) + 1)
+    return float(((scores > best).sum(dim=1) + place).quantile(0.5))
+
+
 def roc_auc(scores: Tensor | Sequence[float], labels: Tensor | Sequence[int]) -> float:
     """Return the chance that a positive scores above a negative; a tie counts half.
 

@@ -1,4 +1,4 @@
-"""Commands that need no training: classify, evaluate classification."""
+"""Commands that need no training: classify, evaluate classification, evaluate video."""
 
 import json
 from pathlib import Path
@@ -63,3 +63,28 @@ def test_evaluate_classification(run, model: Path, classes: Path, tmp_path: Path
     empty = run("classify", classes, "--labels", " , ", "--model", model)
     assert empty.code == 2
     assert "0 labels" in empty.err
+
+
+def test_evaluate_video(run, model: Path, world: Path, tmp_path: Path) -> None:
+    [shard] = list_shards(world / "human")
+    samples = list(read_samples(shard, on_bad=lambda key, reason: None))[:6]
+    rows = []
+    for number, sample in enumerate(samples):
+        folder = tmp_path / "videos" / f"video{number // 2}"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{number}.jpg").write_bytes(sample.image_bytes)
+        rows.append({"clip_name": folder.name, "caption": sample.captions[0].text})
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = ("evaluate", "video", model, tmp_path / "videos", "--texts", texts)
+    result = run(*arguments, "--frames", 2, "--shortlist", 2, "--json")
+    assert result.code == 0
+    assert (result.json["num_videos"], result.json["num_texts"]) == (3, 6)
+    assert result.json["itc"]["ir_at_5"] == 100.0
+    text = run(*arguments, "--frames", 2, "--shortlist", 2).out
+    assert f"{result.json['reranked']['ir_at_1']:.2f}" in text
+    assert "3 videos of 2 frames" in text
+    texts.write_text('{"clip_name": "video9", "caption": "a"}\n')
+    refused = run(*arguments)
+    assert refused.code == 2
+    assert "holds no video video9" in refused.err
