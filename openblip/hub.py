@@ -13,9 +13,10 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from openblip.checkpoint import FILES, load_checkpoint
-from openblip.convert import read_transformers
+from openblip.checkpoint import FILES, load_checkpoint, load_vqa_checkpoint
+from openblip.convert import read_transformers, read_transformers_vqa
 from openblip.models.blip import Blip
+from openblip.models.vqa import Vqa
 from openblip.tokenizer import Tokenizer
 
 # Of all that a repository may hold (other frameworks' weights, training states), what we read.
@@ -58,6 +59,17 @@ def load(name_or_path: str | Path, *, revision: str | None = None) -> tuple[Blip
     if not _is_of_transformers(folder):
         return load_checkpoint(folder)
     converted = read_transformers(folder)
+    for note in converted.report.notes:
+        _log.info("%s: %s", name_or_path, note)
+    return converted.model, converted.tokenizer
+
+
+def load_vqa(name_or_path: str | Path, *, revision: str | None = None) -> tuple[Vqa, Tokenizer]:
+    """Load a model that answers questions, as `load` does one that captions and matches."""
+    folder = resolve(name_or_path, revision=revision)
+    if not _is_of_transformers(folder):
+        return load_vqa_checkpoint(folder)
+    converted = read_transformers_vqa(folder)
     for note in converted.report.notes:
         _log.info("%s: %s", name_or_path, note)
     return converted.model, converted.tokenizer

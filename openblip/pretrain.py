@@ -116,7 +116,7 @@ class PretrainRun(PretrainRecipe):
     vocab_size: int = Field(30_524, ge=16)
 
 
-class PretrainStep(TrainingStep):
+class PretrainStep(TrainingStep[ImageTextBatch]):
     """ITC + ITM + LM of a batch, the image encoded once."""
 
     def __init__(self, blip: Blip, objective: ObjectiveRecipe) -> None:
@@ -162,7 +162,7 @@ def pretraining(recipe: PretrainRecipe, data: Sequence[Path], tokenizer: Tokeniz
     torch.manual_seed(recipe.seed)
     blip = Blip(recipe.model.build_config(tokenizer))
     step = PretrainStep(blip, recipe.objective)
-    return PairTraining(step, blip, recipe, data, tokenizer)
+    return PairTraining(step, recipe, blip, data, tokenizer)
 
 
 def pretrain(

@@ -1,13 +1,23 @@
-"""Batches of image-text pairs."""
+"""Batches: what all have in common, and those of image-text pairs."""
 
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
 
 from openblip.tokenizer import Tokenizer
+
+
+class Batch(Protocol):
+    """What training asks of a batch: to move it, and to name its samples in an error."""
+
+    @property
+    def keys(self) -> tuple[str, ...]: ...
+
+    def to(self, device: torch.device) -> Self: ...
 
 
 @dataclass(frozen=True)

@@ -2,32 +2,33 @@
 
 An epoch is a random order of *units*: whole shards, or every n-th sample of them where the shards
 are few. Counted on from epoch to epoch, unit g belongs to the rank g mod (number of ranks). A rank
-reads a few of its units side by side into a *block* in memory, and takes the block's pairs in
+reads a few of its units side by side into a *block* in memory, and takes the block's examples in
 random order. Every order and every augmentation follows from the seed and from what is read, never
 from who reads it or when: the position is the ranges of samples that the block was read from, the
 place in the block, and the units that come next.
+
+What a sample's examples are, and what a batch of them is, is for the task to say: see `data.pairs`.
 """
 
 import itertools
 import logging
+from abc import ABC, abstractmethod
 from collections import Counter, deque
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import ClassVar, Generic, TypeVar
 
 import numpy as np
 from torch import Tensor
 
-from openblip.captions import has_left_or_right
-from openblip.data.batches import ImageTextBatch, collate
 from openblip.data.position import Block, Position
 from openblip.data.prefetch import JOBS_PER_WORKER, map_in_order, prefetch
 from openblip.data.samples import Sample
-from openblip.data.sources import BadSample, kept_texts, list_shards, read_entries
-from openblip.images import ImageDecodeError, TrainTransform, decode_image
-from openblip.tokenizer import Tokenizer
+from openblip.data.sources import BadSample, list_shards, read_entries
+from openblip.images import ImageDecodeError
 
 PREFETCHED_BATCHES = 4
 MIN_UNITS = 4
@@ -42,18 +43,20 @@ NAMED_SAMPLES = 5
 
 _log = logging.getLogger(__name__)
 
+E = TypeVar("E")
+B = TypeVar("B")
+
 
 @dataclass(frozen=True)
-class Pair:
-    """One training pair: an image, still encoded, and one of its kept captions, cleaned.
+class _Placed(Generic[E]):
+    """An example, the key of its sample, and where it comes from.
 
-    origin  unit, place in it, and number of the caption: what its augmentation is drawn from
+    origin  unit, place in it, and number within the sample: what its augmentation is drawn from
     """
 
     key: str
-    image_bytes: bytes
-    text: str
     origin: tuple[int, int, int]
+    example: E
 
 
 @dataclass(frozen=True)
@@ -70,45 +73,42 @@ class _Entry:
 
 
 @dataclass(frozen=True)
-class _Loaded:
-    """A block in memory, its pairs in their random order, and where the stream is behind it.
+class _Loaded(Generic[E]):
+    """A block in memory, its examples in their random order, and where the stream is behind it.
 
     bad    what could not be read, unless an earlier run has counted it
     ended  units of which nothing is left
     """
 
     block: Block
-    pairs: list[Pair]
+    examples: list[_Placed[E]]
     behind: Position
     bad: Sequence[BadSample] = ()
     ended: Sequence[int] = ()
 
 
-class PairStream:
-    """An endless, shuffled stream of batches over shards.
+class SampleStream(ABC, Generic[E, B]):
+    """An endless, shuffled stream of batches over shards, of examples that a subclass makes.
 
-    Every kept caption of an image is a pair of its own. The same seed and position give the same
-    batches, whatever the number of workers.
+    The same seed and position give the same batches, whatever the number of workers.
 
     position          behind the batch that was given out last
-    prefix            put before every text, as the captioning prompt is
     block_size        samples that are shuffled together, and
     block_bytes       bytes of their images at which a block ends early
     num_workers       threads that decode and augment
     max_bad_fraction  of what is read; more stops the stream with ValueError
+    example_name      and why_none, a reason to have none: for the sentence that there is none
     """
+
+    example_name: ClassVar[str]
+    why_none: ClassVar[str]
 
     def __init__(
         self,
         paths: Sequence[Path],
-        tokenizer: Tokenizer,
-        transform: TrainTransform,
         *,
         batch_size: int,
-        max_tokens: int,
         seed: int,
-        prefix: str = "",
-        max_words: int = 50,
         block_size: int = 8192,
         block_bytes: int = 256 << 20,
         num_workers: int = 1,
@@ -117,9 +117,7 @@ class PairStream:
     ) -> None:
         """Raises ValueError if a path is no data set."""
         self.paths = paths
-        self.tokenizer, self.transform = tokenizer, transform
-        self.batch_size, self.max_tokens, self.max_words = batch_size, max_tokens, max_words
-        self.seed, self.prefix = seed, prefix
+        self.batch_size, self.seed = batch_size, seed
         self.block_size, self.block_bytes = block_size, block_bytes
         self.num_workers, self.max_bad_fraction = num_workers, max_bad_fraction
         self.position = Position() if position is None else position
@@ -128,7 +126,25 @@ class PairStream:
         self._num_units = self._num_parts * len(self._shards)
         self._readers: dict[tuple[int, int], Iterator[Sample | BadSample]] = {}
 
-    def __iter__(self) -> Generator[ImageTextBatch]:
+    @abstractmethod
+    def examples(self, sample: Sample) -> Iterator[tuple[int, E] | BadSample]:
+        """Yield a sample's examples with their numbers, the same at every reading, or what is bad.
+
+        No image is decoded here.
+        """
+
+    @abstractmethod
+    def load(self, example: E, rng: np.random.Generator) -> Tensor:
+        """Decode and augment what an example shows, of one shape for all. Called in threads.
+
+        Raises ImageDecodeError for what is no usable image.
+        """
+
+    @abstractmethod
+    def collate(self, keys: Sequence[str], examples: Sequence[E], images: Sequence[Tensor]) -> B:
+        """Make a batch of B examples, the keys of their samples and what was loaded of each."""
+
+    def __iter__(self) -> Generator[B]:
         """Go on from `position`. Raises ValueError if it was of data of other shards."""
         if self.position.num_units not in {0, self._num_units}:
             raise ValueError(
@@ -151,7 +167,7 @@ class PairStream:
             _log.warning("%s: not used, by reason, anew in every epoch: %s", title, problems)
 
     def count_pairs(self, max_samples: int) -> tuple[int, bool]:
-        """Count the pairs of an epoch of all ranks; say whether that is an estimate.
+        """Count the examples of an epoch of all ranks; say whether that is an estimate.
 
         max_samples  after which the first units are taken for all
         """
@@ -160,16 +176,17 @@ class PairStream:
             for content in self._open(unit, 0):
                 num_samples += 1
                 if isinstance(content, Sample):
-                    num_pairs += len(list(kept_texts(content, self.max_words)))
+                    made = self.examples(content)
+                    num_pairs += sum(not isinstance(one, BadSample) for one in made)
             if num_samples >= max_samples and unit + 1 < self._num_units:
                 return round(num_pairs * self._num_units / (unit + 1)), True
         return num_pairs, False
 
-    def _batches(self) -> Generator[tuple[ImageTextBatch, Position, list[BadSample]]]:
+    def _batches(self) -> Generator[tuple[B, Position, list[BadSample]]]:
         problems = Counter(self.position.problems)
         num_seen = self.position.num_seen
         images: list[Tensor] = []
-        pairs: list[Pair] = []
+        taken: list[_Placed[E]] = []
         bad: list[BadSample] = []
         useful: set[int] = set()
         # What was read of these before is not known here.
@@ -179,27 +196,27 @@ class PairStream:
                 bad += loaded.bad
                 num_seen += len(loaded.bad)
                 problems.update(sample.reason for sample in loaded.bad)
-                rest = itertools.islice(loaded.pairs, loaded.block.place, None)
-                jobs = map_in_order(
-                    self._load_image, rest, pool, JOBS_PER_WORKER * self.num_workers
-                )
-                for place, (pair, image) in enumerate(jobs, start=loaded.block.place + 1):
+                rest = itertools.islice(loaded.examples, loaded.block.place, None)
+                jobs = map_in_order(self._load, rest, pool, JOBS_PER_WORKER * self.num_workers)
+                for place, (placed, image) in enumerate(jobs, start=loaded.block.place + 1):
                     num_seen += 1
                     if isinstance(image, BadSample):
                         bad.append(image)
                         problems[image.reason] += 1
                         continue
-                    useful.add(pair.origin[0])
+                    useful.add(placed.origin[0])
                     images.append(image)
-                    pairs.append(pair)
-                    if len(pairs) < self.batch_size:
+                    taken.append(placed)
+                    if len(taken) < self.batch_size:
                         continue
                     blocks = (replace(loaded.block, place=place), *loaded.behind.blocks)
                     behind = replace(
                         loaded.behind, blocks=blocks, num_seen=num_seen, problems=dict(problems)
                     )
-                    yield self._collate(images, pairs), behind, bad
-                    images, pairs, bad = [], [], []
+                    keys = [one.key for one in taken]
+                    batch = self.collate(keys, [one.example for one in taken], images)
+                    yield batch, behind, bad
+                    images, taken, bad = [], [], []
                 for unit in loaded.ended:
                     num_useless = 0 if unit in useful else num_useless + 1
                     useful.discard(unit)
@@ -209,8 +226,7 @@ class PairStream:
         where = ", ".join(map(str, self.paths))
         if is_empty:
             raise ValueError(
-                f"no usable image-text pair in {where}: "
-                f"{dict(problems) or 'no image has a caption'}"
+                f"no usable {self.example_name} in {where}: {dict(problems) or self.why_none}"
             )
         if num_seen >= MIN_SEEN and problems.total() > self.max_bad_fraction * num_seen:
             raise ValueError(
@@ -218,39 +234,31 @@ class PairStream:
                 f"max_bad_fraction {self.max_bad_fraction} allows: {dict(problems)}"
             )
 
-    def _collate(self, images: list[Tensor], pairs: list[Pair]) -> ImageTextBatch:
-        return collate(
-            images,
-            [pair.key for pair in pairs],
-            [self.prefix + pair.text for pair in pairs],
-            self.tokenizer,
-            self.max_tokens,
-        )
-
-    def _load_image(self, pair: Pair) -> tuple[Pair, Tensor | BadSample]:
+    def _load(self, placed: _Placed[E]) -> tuple[_Placed[E], Tensor | BadSample]:
         try:
-            image = decode_image(pair.image_bytes)
+            return placed, self.load(
+                placed.example, np.random.default_rng([self.seed, *placed.origin])
+            )
         except ImageDecodeError as error:
-            return pair, BadSample(pair.key, error.reason)
-        rng = np.random.default_rng([self.seed, *pair.origin])
-        return pair, self.transform(image, rng, may_flip=not has_left_or_right(pair.text))
+            return placed, BadSample(placed.key, error.reason)
 
-    def _blocks(self) -> Generator[_Loaded]:
+    def _blocks(self) -> Generator[_Loaded[E]]:
         position = self.position
         self._readers.clear()
         for index, block in enumerate(position.blocks):
             entries = [
                 entry for unit, first, num in block.ranges for entry in self._read(unit, first, num)
             ]
-            pairs, _ = self._shuffled(block, entries)
-            yield _Loaded(block, pairs, replace(position, blocks=position.blocks[index + 1 :]))
+            examples, _ = self._shuffled(block, entries)
+            behind = replace(position, blocks=position.blocks[index + 1 :])
+            yield _Loaded(block, examples, behind)
         position = replace(position, blocks=())
         while True:
             block, entries, position = self._fill(position)
-            pairs, bad = self._shuffled(block, entries)
+            examples, bad = self._shuffled(block, entries)
             left = {unit for unit, _ in position.units}
             ended = [unit for unit, _, _ in block.ranges if unit not in left]
-            yield _Loaded(block, pairs, position, bad, ended)
+            yield _Loaded(block, examples, position, bad, ended)
 
     def _fill(self, position: Position) -> tuple[Block, list[_Entry], Position]:
         """Read the next block, of one epoch, in turns from the units that are open."""
@@ -304,19 +312,24 @@ class PairStream:
         start = part + first * self._num_parts
         return read_entries(self._shards[shard], start=start, step=self._num_parts)
 
-    def _shuffled(self, block: Block, entries: list[_Entry]) -> tuple[list[Pair], list[BadSample]]:
-        pairs: list[Pair] = []
+    def _shuffled(
+        self, block: Block, entries: list[_Entry]
+    ) -> tuple[list[_Placed[E]], list[BadSample]]:
+        placed: list[_Placed[E]] = []
         bad: list[BadSample] = []
         for entry in entries:
             if isinstance(entry.content, BadSample):
                 bad.append(entry.content)
                 continue
             sample = entry.content
-            for number, text in kept_texts(sample, self.max_words):
-                origin = (entry.unit, entry.place, number)
-                pairs.append(Pair(sample.key, sample.image_bytes, text, origin))
+            for made in self.examples(sample):
+                if isinstance(made, BadSample):
+                    bad.append(made)
+                    continue
+                number, example = made
+                placed.append(_Placed(sample.key, (entry.unit, entry.place, number), example))
         rng = np.random.default_rng([self.seed, *block.ranges[0][:2]])
-        return [pairs[place] for place in rng.permutation(len(pairs))], bad
+        return [placed[place] for place in rng.permutation(len(placed))], bad
 
 
 @lru_cache(maxsize=4)

@@ -29,7 +29,7 @@ class CaptioningRun(CaptioningRecipe, FinetuningRun):
     """The same with its data and the model that it starts from, as a recipe file describes it."""
 
 
-class CaptioningStep(TrainingStep):
+class CaptioningStep(TrainingStep[ImageTextBatch]):
     """LM of a batch; the prompt is given, not predicted."""
 
     def __init__(self, blip: Blip, prompt_length: int, label_smoothing: float) -> None:
@@ -61,7 +61,7 @@ def captioning_training(
     # [CLS] stands where [DEC] will; [SEP] ends the encoded prompt and is no part of it.
     prompt_length = len(tokenizer.encode(recipe.prompt)) - 1
     step = CaptioningStep(blip, prompt_length, recipe.label_smoothing)
-    return PairTraining(step, blip, recipe, data, tokenizer, recipe.prompt)
+    return PairTraining(step, recipe, blip, data, tokenizer, recipe.prompt)
 
 
 def finetune_captioning(

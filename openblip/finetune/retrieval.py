@@ -89,7 +89,7 @@ class NegativeTexts:
         )
 
 
-class RetrievalStep(TrainingStep):
+class RetrievalStep(TrainingStep[ImageTextBatch]):
     """ITC + ITM of a batch."""
 
     def __init__(
@@ -145,7 +145,7 @@ def retrieval_training(
     torch.manual_seed(recipe.seed)
     wrong_texts = NegativeTexts(negatives, tokenizer, recipe) if negatives else None
     step = RetrievalStep(blip, recipe, wrong_texts)
-    return PairTraining(step, blip, recipe, data, tokenizer)
+    return PairTraining(step, recipe, blip, data, tokenizer)
 
 
 def finetune_retrieval(

@@ -82,20 +82,28 @@ class Context:
 
     They depend on the image alone: computed once, they serve every text, role and decoding step.
     keys, values  per layer (B, H, N, D / H)
+    mask          (B, N) 1 = seen, where some positions are padding; None: all are seen
     """
 
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
+    mask: Tensor | None = None
 
     @property
     def num_images(self) -> int:
         return self.keys[0].shape[0]
+
+    @property
+    def visible(self) -> Tensor | None:
+        """The mask as attention takes it, (B, 1, 1, N) bool."""
+        return None if self.mask is None else self.mask.bool()[:, None, None, :]
 
     def select(self, indices: Tensor) -> "Context":
         """Return the context of the images at `indices` (any number, repeats allowed)."""
         return Context(
             tuple(key.index_select(0, indices) for key in self.keys),
             tuple(value.index_select(0, indices) for value in self.values),
+            None if self.mask is None else self.mask.index_select(0, indices),
         )
 
 
@@ -186,15 +194,18 @@ class ImageAttention(nn.Module):
         key, value = key_value.permute(2, 0, 3, 1, 4)
         return key, value
 
-    def attend(self, states: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Return what the states (R, L, D) find in the images, of the same shape."""
+    def attend(self, states: Tensor, key: Tensor, value: Tensor, visible: Tensor | None) -> Tensor:
+        """Return what the states (R, L, D) find in the images, of the same shape.
+
+        visible  (B, 1, 1, N) bool, the positions that are no padding; None: all
+        """
         rows, length, width = states.shape
         images = key.shape[0]
         # The R / B rows of one image become one longer row of queries: the image's keys and
         # values are read once for all of them, and never copied.
         query = self.query(states).view(images, -1, self.num_heads, width // self.num_heads)
         attended = F.scaled_dot_product_attention(
-            query.transpose(1, 2), key, value, None, self.dropout if self.training else 0.0
+            query.transpose(1, 2), key, value, visible, self.dropout if self.training else 0.0
         )
         return attended.transpose(1, 2).reshape(rows, length, width)
 
@@ -206,8 +217,8 @@ class CrossAttention(ImageAttention):
         super().__init__(config)
         self.output = AttentionOutput(config, config.width)
 
-    def forward(self, states: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        output: Tensor = self.output(self.attend(states, key, value), states)
+    def forward(self, states: Tensor, key: Tensor, value: Tensor, visible: Tensor | None) -> Tensor:
+        output: Tensor = self.output(self.attend(states, key, value, visible), states)
         return output
 
 
@@ -215,7 +226,9 @@ class AnyCrossAttention(Protocol):
     """What a layer asks of its cross-attention."""
 
     def project_context(self, image_states: Tensor) -> tuple[Tensor, Tensor]: ...
-    def __call__(self, states: Tensor, key: Tensor, value: Tensor) -> Tensor: ...
+    def __call__(
+        self, states: Tensor, key: Tensor, value: Tensor, visible: Tensor | None
+    ) -> Tensor: ...
 
 
 CrossBuilder = Callable[[MedConfig, int], nn.Module]
@@ -238,9 +251,11 @@ class MedLayer(nn.Module):
         output: Tensor = self.down(F.gelu(self.up(states)), states)
         return output
 
-    def cross_and_feed(self, states: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def cross_and_feed(
+        self, states: Tensor, key: Tensor, value: Tensor, visible: Tensor | None
+    ) -> Tensor:
         assert self.cross is not None
-        return self.feed_forward(self.cross(states, key, value))
+        return self.feed_forward(self.cross(states, key, value, visible))
 
 
 class LmHead(nn.Module):
@@ -304,7 +319,7 @@ class Med(nn.Module):
         for layer, key, value in self._layers_with(context):
             assert layer.causal is not None
             states = layer.causal.attend(states, *layer.causal.project(states), visible)
-            states = layer.cross_and_feed(states, key, value)
+            states = layer.cross_and_feed(states, key, value, context.visible)
         return self._lm_logits(states)
 
     def decode_step(self, token_ids: Tensor, cache: DecoderCache, context: Context) -> Tensor:
@@ -329,7 +344,7 @@ class Med(nn.Module):
             query, new_key, new_value = layer.causal.project(states)
             keys, values = cache.append(index, new_key, new_value)
             states = layer.causal.attend(states, query, keys, values, visible)
-            states = layer.cross_and_feed(states, key, value)
+            states = layer.cross_and_feed(states, key, value, context.visible)
         return self._lm_logits(states[:, -1])
 
     def project_context(self, image_states: Tensor) -> Context:
@@ -354,7 +369,9 @@ class Med(nn.Module):
             if context is None:
                 states = layer.feed_forward(states)
             else:
-                states = layer.cross_and_feed(states, context.keys[index], context.values[index])
+                states = layer.cross_and_feed(
+                    states, context.keys[index], context.values[index], context.visible
+                )
         return states
 
     def _embed(self, token_ids: Tensor, start: int) -> Tensor:

@@ -9,17 +9,19 @@ from collections.abc import Generator
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from openblip.data.batches import ImageTextBatch
-from openblip.data.stream import PairStream
+from openblip.data.batches import Batch
+from openblip.data.stream import SampleStream
 from openblip.training.distributed import world
 from openblip.training.loop import Precision, TrainingStep, fit
 from openblip.training.optim import OptimizerRecipe
+
+B = TypeVar("B", bound=Batch)
 
 WARM_STEPS, MEASURED_STEPS = 2, 10
 COUNTED_SAMPLES = 20_000
@@ -33,7 +35,8 @@ class DryRun:
     flops_per_step               of forward and backward, on this rank
     state_bytes                  of weights, queue, gradients and AdamW's moments
     peak_bytes                   of device memory in the measured steps; on CPU of the process
-    pairs_per_epoch              over all ranks; is_estimate: from the first samples of the epoch
+    pairs_per_epoch              or questions, over all ranks
+    is_estimate                  from the first samples of the epoch
     steps_per_epoch              of the optimizer
     seconds_per_step             median of the measured steps
     seconds                      of all steps
@@ -55,23 +58,23 @@ class DryRun:
         return asdict(self)
 
 
-class _Timed:
+class _Timed(Generic[B]):
     """A stream that notes when it is asked for the next batch."""
 
-    def __init__(self, stream: PairStream) -> None:
+    def __init__(self, stream: SampleStream[Any, B]) -> None:
         self._stream = stream
         self.position = stream.position
         self.times: list[float] = []
 
-    def __iter__(self) -> Generator[ImageTextBatch]:
+    def __iter__(self) -> Generator[B]:
         for batch in self._stream:
             self.times.append(time.perf_counter())
             yield batch
 
 
 def dry_run(
-    step: TrainingStep,
-    stream: PairStream,
+    step: TrainingStep[B],
+    stream: SampleStream[Any, B],
     optimizer: OptimizerRecipe,
     *,
     num_steps: int,

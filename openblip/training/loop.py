@@ -8,12 +8,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Generic, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from openblip.data.batches import ImageTextBatch
+from openblip.data.batches import Batch
 from openblip.data.position import Position
 from openblip.training.curves import write_curves
 from openblip.training.distributed import world
@@ -32,6 +32,8 @@ LOG_EVERY_STEPS = 10
 _log = logging.getLogger(__name__)
 
 Precision = Literal["float32", "bfloat16"]
+B = TypeVar("B", bound=Batch)
+B_co = TypeVar("B_co", bound=Batch, covariant=True)
 
 
 @dataclass(frozen=True)
@@ -48,11 +50,11 @@ class StepOutput:
     entries: tuple[QueueEntries, ...] = ()
 
 
-class TrainingStep(nn.Module, ABC):
+class TrainingStep(nn.Module, ABC, Generic[B]):
     """A model with its objective: one forward per batch, writes only after the optimizer."""
 
     @abstractmethod
-    def forward(self, batch: ImageTextBatch, step: int) -> StepOutput:
+    def forward(self, batch: B, step: int) -> StepOutput:
         """Compute the losses of a batch. step counts optimizer steps from 0."""
 
     @abstractmethod
@@ -60,17 +62,17 @@ class TrainingStep(nn.Module, ABC):
         """Write what changes once per step: queue, temperature clamp, momentum twin."""
 
 
-class BatchStream(Protocol):
+class BatchStream(Protocol[B_co]):
     """Batches without end, and the position behind the one that was given out last."""
 
     position: Position
 
-    def __iter__(self) -> Generator[ImageTextBatch]: ...
+    def __iter__(self) -> Generator[B_co]: ...
 
 
 def fit(
-    training_step: TrainingStep,
-    stream: BatchStream,
+    training_step: TrainingStep[B],
+    stream: BatchStream[B],
     recipe: OptimizerRecipe,
     *,
     num_steps: int,

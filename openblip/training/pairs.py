@@ -1,14 +1,18 @@
-"""Training on image-text pairs: what pre-training and the fine-tunings have in common."""
+"""Training on a stream: what pre-training and the fine-tunings have in common."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Generic, TypeVar
 
 from pydantic import Field
 
 from openblip.config import Recipe
-from openblip.data.position import start_positions
-from openblip.data.stream import PairStream
+from openblip.data.batches import Batch, ImageTextBatch
+from openblip.data.pairs import PairStream
+from openblip.data.position import Position, start_positions
+from openblip.data.stream import SampleStream
 from openblip.images import TrainTransform
 from openblip.models.blip import Blip
 from openblip.tokenizer import Tokenizer
@@ -18,12 +22,14 @@ from openblip.training.loop import Precision, TrainingStep, fit
 from openblip.training.optim import OptimizerRecipe
 from openblip.training.state import SavingRecipe, TrainingFiles, TrainingState
 
+B = TypeVar("B", bound=Batch)
+
 MAY_CHANGE = ("num_workers", "max_bad_fraction", "saving")
 """Settings that change no number, so that a training may go on with others."""
 
 
 class PairRecipe(Recipe):
-    """How long to train on pairs, how fast, and what is done to images and texts.
+    """How long to train, how fast, and what is done to images and texts.
 
     The defaults are the released code's for fine-tuning.
     max_tokens, max_words  where a text is cut, with [CLS] and [SEP] and without
@@ -53,27 +59,25 @@ class PairRecipe(Recipe):
 
 
 @dataclass(frozen=True)
-class PairTraining:
+class Training(ABC, Generic[B]):
     """A step on a model, and all that its batches are made of.
 
-    data    data sets of any kind that `data.sources` reads; every kept caption is a pair
-    prefix  put before every text
     With several ranks, each takes its part of the data, and `batch_size` of them at a time.
     """
 
-    step: TrainingStep
-    blip: Blip
+    step: TrainingStep[B]
     recipe: PairRecipe
-    data: Sequence[Path]
-    tokenizer: Tokenizer
-    prefix: str = ""
+
+    @abstractmethod
+    def new_stream(self) -> SampleStream[Any, B]:
+        """Return this rank's stream at its start."""
 
     def run(self, files: TrainingFiles, title: str) -> None:
         """Train the step's model in place, or go on with that.
 
         Raises ValueError if `files` hold the state of another training.
         """
-        recipe, stream = self.recipe, self._stream()
+        recipe, stream = self.recipe, self.new_stream()
         unchanged = {name: PairRecipe.model_fields[name].default for name in MAY_CHANGE}
         state = TrainingState(files.state, recipe.saving, recipe.model_copy(update=unchanged))
         fit(
@@ -93,25 +97,33 @@ class PairTraining:
         """Say what it would cost, from a few steps that are thrown away."""
         return dry_run(
             self.step,
-            self._stream(),
+            self.new_stream(),
             self.recipe.optimizer,
             num_steps=self.recipe.num_steps,
             precision=self.recipe.precision,
             accumulation_steps=self.recipe.accumulation_steps,
         )
 
-    def _stream(self) -> PairStream:
+
+@dataclass(frozen=True)
+class PairTraining(Training[ImageTextBatch]):
+    """Training on image-text pairs.
+
+    data    data sets of any kind that `data.sources` reads; every kept caption is a pair
+    prefix  put before every text
+    """
+
+    blip: Blip
+    data: Sequence[Path]
+    tokenizer: Tokenizer
+    prefix: str = ""
+
+    def new_stream(self) -> PairStream:
         recipe = self.recipe
         return PairStream(
             self.data,
             self.tokenizer,
-            TrainTransform(
-                self.blip.config.vision.image_size_px,
-                recipe.min_crop_scale,
-                recipe.randaugment_ops,
-                recipe.randaugment_magnitude,
-                recipe.flip,
-            ),
+            train_transform(recipe, self.blip.config.vision.image_size_px),
             batch_size=recipe.batch_size,
             max_tokens=recipe.max_tokens,
             max_words=recipe.max_words,
@@ -119,5 +131,21 @@ class PairTraining:
             prefix=self.prefix,
             num_workers=recipe.num_workers,
             max_bad_fraction=recipe.max_bad_fraction,
-            position=start_positions(world().size)[world().rank],
+            position=start_position(),
         )
+
+
+def train_transform(recipe: PairRecipe, image_size_px: int) -> TrainTransform:
+    """Return what a recipe does to training images."""
+    return TrainTransform(
+        image_size_px,
+        recipe.min_crop_scale,
+        recipe.randaugment_ops,
+        recipe.randaugment_magnitude,
+        recipe.flip,
+    )
+
+
+def start_position() -> Position:
+    """Return where this rank's stream starts."""
+    return start_positions(world().size)[world().rank]

@@ -14,10 +14,10 @@ import torch
 from PIL import Image
 
 from openblip.data.batches import ImageTextBatch, stable_id
+from openblip.data.pairs import PairStream
 from openblip.data.position import Position, deal_anew, start_positions
 from openblip.data.samples import Caption, Sample
 from openblip.data.sinks import ShardWriter
-from openblip.data.stream import PairStream
 from openblip.images import TrainTransform
 from openblip.tokenizer import Tokenizer
 
