@@ -13,9 +13,10 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from openblip.checkpoint import FILES, load_checkpoint, load_vqa_checkpoint
+from openblip.checkpoint import FILES, load_checkpoint, load_nlvr_checkpoint, load_vqa_checkpoint
 from openblip.convert import read_transformers, read_transformers_vqa
 from openblip.models.blip import Blip
+from openblip.models.nlvr import Nlvr
 from openblip.models.vqa import Vqa
 from openblip.tokenizer import Tokenizer
 
@@ -73,6 +74,13 @@ def load_vqa(name_or_path: str | Path, *, revision: str | None = None) -> tuple[
     for note in converted.report.notes:
         _log.info("%s: %s", name_or_path, note)
     return converted.model, converted.tokenizer
+
+
+def load_nlvr(name_or_path: str | Path, *, revision: str | None = None) -> tuple[Nlvr, Tokenizer]:
+    """Load a model for NLVR2, as `load` does one that captions and matches; there is none of
+    transformers.
+    """
+    return load_nlvr_checkpoint(resolve(name_or_path, revision=revision))
 
 
 def push(

@@ -13,9 +13,10 @@ from openblip import __version__
 
 COMMANDS = [
     "", "quickstart", "draw", "bootstrap", "pretrain", "finetune", "finetune captioning",
-    "finetune retrieval", "capfilt", "capfilt run", "capfilt rethreshold", "capfilt report",
+    "finetune retrieval", "finetune nlvr", "capfilt", "capfilt run", "capfilt rethreshold",
+    "capfilt report",
     "evaluate", "evaluate retrieval", "evaluate captioning", "evaluate classification",
-    "evaluate video", "caption", "match", "classify", "convert",
+    "evaluate video", "evaluate nlvr", "caption", "match", "classify", "convert",
 ]  # fmt: skip
 
 HELP_WITHOUT_TORCH = """

@@ -1,4 +1,4 @@
-"""The commands that use a model for what it was not trained for; `cli` takes them up."""
+"""Commands that measure models on further tasks, and `classify`; `cli` takes them up."""
 
 import json
 from collections.abc import Sequence
@@ -141,6 +141,39 @@ def evaluate_video(
     )
     text = table([["recall in %", "itc", "reranked"], *rows])
     answer(report.to_json(), f"{text}\n{size}", as_json=as_json)
+
+
+def evaluate_nlvr(
+    model: ModelArgument,
+    data: Annotated[
+        Path,
+        typer.Argument(
+            metavar="DATA", help="JSONL of sentences, each with two images, as NLVR2's files."
+        ),
+    ],
+    predictions: Annotated[
+        Path | None,
+        typer.Option(help="Also write identifier,True or identifier,False here for each sentence."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say of sentences whether they are true of two images, and measure that.
+
+    Consistency is the share of sentences that are judged right with all their images.
+    """
+    from openblip.evaluation.nlvr import evaluate_nlvr as evaluate
+    from openblip.evaluation.nlvr import predictions_csv, read_all_pairs
+    from openblip.hub import load_nlvr
+
+    pairs = read_all_pairs(data)
+    report = evaluate(*load_nlvr(model), pairs)
+    if predictions is not None:
+        predictions.parent.mkdir(parents=True, exist_ok=True)
+        predictions.write_text(predictions_csv(report.predictions), encoding="utf-8")
+    measured = {"accuracy in %": report.accuracy, "consistency in %": report.consistency}
+    rows = [[name, f"{value:.2f}"] for name, value in measured.items() if value is not None]
+    text = table([*rows, ["sentences", str(len(pairs))]])
+    answer(report.to_json(), text, as_json=as_json)
 
 
 def _templates(path: Path | None) -> Sequence[str]:
