@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 import typer
 from typer.core import TyperGroup
 
-from openblip import __version__, cli_evaluate, cli_stages
+from openblip import __version__, cli_evaluate, cli_stages, cli_vqa
 from openblip.captions import DEFAULT_PROMPT
 from openblip.cli_options import AsJson, Data, ModelArgument, ModelOption, Prompt
 from openblip.cli_output import answer, conversion_text, say, table
@@ -59,6 +59,9 @@ evaluate_app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
 )
+evaluate_app.command("vqa")(cli_vqa.evaluate_vqa)
+app.command()(cli_vqa.ask)
+app.command()(cli_vqa.questions)
 app.command()(cli_stages.quickstart)
 app.command()(cli_stages.draw)
 app.command()(cli_stages.bootstrap)

@@ -15,6 +15,7 @@ from huggingface_hub.errors import (
 
 from openblip.checkpoint import FILES, load_checkpoint, load_nlvr_checkpoint, load_vqa_checkpoint
 from openblip.convert import read_transformers, read_transformers_vqa
+from openblip.convert_transformers import answers_questions
 from openblip.models.blip import Blip
 from openblip.models.nlvr import Nlvr
 from openblip.models.vqa import Vqa
@@ -63,6 +64,16 @@ def load(name_or_path: str | Path, *, revision: str | None = None) -> tuple[Blip
     for note in converted.report.notes:
         _log.info("%s: %s", name_or_path, note)
     return converted.model, converted.tokenizer
+
+
+def is_vqa(name_or_path: str | Path) -> bool:
+    """Say whether a model, ours or transformers', answers questions. Raises as `resolve` does."""
+    path = resolve(name_or_path) / "config.json"
+    try:
+        values = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(values, dict) and (values.get("task") == "vqa" or answers_questions(values))
 
 
 def load_vqa(name_or_path: str | Path, *, revision: str | None = None) -> tuple[Vqa, Tokenizer]:

@@ -8,6 +8,7 @@ from openblip.capfilt.bootstrap import BootstrapRecipe
 from openblip.config import Recipe, dump_recipe, load_recipe
 from openblip.finetune.captioning import CaptioningRun
 from openblip.finetune.retrieval import RetrievalRun
+from openblip.finetune.vqa import VqaRun
 from openblip.pretrain import PretrainRecipe, PretrainRun
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
@@ -17,6 +18,8 @@ CLASSES: dict[str, type[Recipe]] = {
     "world": PretrainRun,
     "finetune_captioning": CaptioningRun,
     "finetune_retrieval": RetrievalRun,
+    "finetune_vqa": VqaRun,
+    "vqa": VqaRun,
 }
 FILES = sorted(RECIPES.glob("*.yaml"))
 
@@ -28,7 +31,10 @@ def class_of(path: Path) -> type[Recipe]:
 
 
 def test_there_are_recipes() -> None:
-    assert {path.stem for path in FILES} >= set(CLASSES) - {"world"} | {"world_cpu"}
+    assert {path.stem for path in FILES} >= set(CLASSES) - {"world", "vqa"} | {
+        "world_cpu",
+        "vqa_cpu",
+    }
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -59,3 +65,6 @@ def test_the_shipped_values_are_those_of_the_paper() -> None:
         run = load_recipe(cls, RECIPES / f"finetune_{name}.yaml")
         assert run.image_size_px == 384
         assert run.optimizer == cls(data=("a",), init="b").optimizer
+    run = load_recipe(VqaRun, RECIPES / "finetune_vqa.yaml")
+    assert run.image_size_px == 480
+    assert run.optimizer == VqaRun(data=("a",), init="b").optimizer

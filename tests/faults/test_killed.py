@@ -6,10 +6,13 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from openblip.data.sinks import ShardWriter
+from openblip.data.sources import list_shards, read_samples
 from openblip.data.world import WorldConfig, draw_world
 
 pytestmark = pytest.mark.slow
@@ -26,6 +29,7 @@ RECIPES = {
     "pretrain": f"vocab_size: 120\nmodel: {MODEL}\nobjective: {{{QUEUE}}}\n",
     "finetune captioning": "init: {base}\n",
     "finetune retrieval": f"init: {{base}}\n{QUEUE}\n",
+    "finetune vqa": "init: {base}\n",
 }
 
 
@@ -72,7 +76,16 @@ def num_logged(out: Path) -> int:
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("world")
     draw_world(WorldConfig(num_web=40, num_human=20, num_test=2, seed=1), folder)
+    with ShardWriter(folder / "asked.tar") as writer:
+        for sample in read_samples(*list_shards(folder / "web"), on_bad=lambda key, reason: None):
+            qa = [{"question": c.text, "answers": c.text.split()} for c in sample.captions]
+            writer.write(replace(sample, captions=(), meta={"qa": qa}))
     return folder
+
+
+def recipe_of(command: str, world: Path, base: Path) -> str:
+    data = world / ("asked.tar" if command == "finetune vqa" else "web")
+    return f"data: [{data}]\n" + COMMON + RECIPES[command].replace("{base}", str(base))
 
 
 @pytest.fixture(scope="module")
@@ -89,8 +102,7 @@ def test_a_killed_training_ends_as_one_that_was_not(
     command: str, signals: list[signal.Signals], world: Path, base: Path, tmp_path: Path
 ) -> None:
     recipe = tmp_path / "recipe.yaml"
-    text = f"data: [{world / 'web'}]\n" + COMMON + RECIPES[command].replace("{base}", str(base))
-    recipe.write_text(text)
+    recipe.write_text(recipe_of(command, world, base))
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert start(command, recipe, whole).wait() == 0
     rng = random.Random(f"{command} {signals}")
@@ -114,8 +126,7 @@ def test_two_ranks_that_are_killed_end_as_two_that_were_not(
 ) -> None:
     """Kill all processes, let SIGTERM stop them, and kill one alone, which torchrun restarts."""
     recipe = tmp_path / "recipe.yaml"
-    text = f"data: [{world / 'web'}]\n" + COMMON + RECIPES[command].replace("{base}", str(base))
-    recipe.write_text(text)
+    recipe.write_text(recipe_of(command, world, base))
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert start(command, recipe, whole, 2).wait() == 0
 

@@ -13,11 +13,12 @@ from torch.testing import assert_close
 from openblip.convert import from_official, to_official
 from openblip.convert_weights import vqa_names
 from openblip.generation import Decoding, generate
+from openblip.inference import Candidates, rank_answers
 from openblip.losses import text_losses, vqa_loss
 from openblip.models.blip import BlipConfig
 from openblip.models.text import Context
 from openblip.models.vqa import Vqa, VqaConfig, vqa_from_blip
-from openblip.tokenizer import Tokenizer
+from openblip.tokenizer import TokenBatch, Tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -115,3 +116,34 @@ def test_the_start_from_a_blip_draws_what_the_original_lacks(
     assert set(start.left_out) == {
         name for name in theirs if not name.startswith(("vision.", "text."))
     }
+
+
+@torch.no_grad()
+def test_ranking_by_the_originals_loss_and_by_log_probability(vqa: Vqa, tensors, facts) -> None:
+    listed = facts["rank"]["answer_list"]
+    ids, mask = tensors["rank.answer_input_ids"], tensors["rank.answer_attention_mask"]
+    candidates = Candidates(tuple(listed), TokenBatch(ids, mask, 0))
+    context = question_context(vqa, tensors)
+    num_questions = len(facts["questions"])
+    for run in facts["rank"]["runs"]:
+        shortlist = run["k_test"]
+        chosen = rank_answers(vqa, context, candidates, shortlist=shortlist, label_smoothing=0.1)
+        assert [one.text for one in chosen] == run["answers"]
+        assert [listed.index(one.text) for one in chosen] == run["max_ids"]
+        sums = tensors[f"rank.k{shortlist}.log_probs_sum"].max(dim=1).values.tolist()
+        assert [one.log_probability for one in chosen] == pytest.approx(sums, rel=1e-5)
+        # Ours: every answer's log-probability, among those whose first tokens are the likeliest.
+        rows = torch.arange(num_questions).repeat_interleave(len(listed))
+        logits = vqa.decode(
+            ids.repeat(num_questions, 1), mask.repeat(num_questions, 1), context.select(rows)
+        ).log_softmax(dim=-1)[:, :-1]
+        targets = ids.repeat(num_questions, 1)[:, 1:]
+        gained = logits.gather(2, targets[..., None]).squeeze(2)
+        own = (gained * mask.repeat(num_questions, 1)[:, 1:]).sum(dim=1).view(num_questions, -1)
+        places = tensors[f"rank.k{shortlist}.topk_ids"]
+        best = own.gather(1, places).max(dim=1)
+        plain = rank_answers(vqa, context, candidates, shortlist=shortlist)
+        expected = places.gather(1, best.indices[:, None]).squeeze(1)
+        assert [listed.index(one.text) for one in plain] == expected.tolist()
+        given = [one.log_probability for one in plain]
+        assert given == pytest.approx(best.values.tolist(), rel=1e-5)
