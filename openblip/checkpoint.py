@@ -19,8 +19,9 @@ from openblip.config import Recipe, dump_recipe
 from openblip.data.sinks import write_json_atomically
 from openblip.models.blip import Blip, BlipConfig
 from openblip.models.nlvr import Nlvr, NlvrConfig
-from openblip.models.text import Role
+from openblip.models.text import Med, Role
 from openblip.models.vision import resize_position_embedding
+from openblip.models.vqa import Vqa, VqaConfig
 from openblip.tokenizer import Tokenizer
 from openblip.training.distributed import world
 from openblip.training.log import read_log
@@ -29,9 +30,9 @@ from openblip.training.state import TrainingFiles
 FILES = ("config.json", "model.safetensors", "tokenizer.json", "README.md")
 
 # What a checkpoint can hold.
-Model = Blip | Nlvr
+Model = Blip | Nlvr | Vqa
 C = TypeVar("C")
-M = TypeVar("M", Blip, Nlvr)
+M = TypeVar("M", Blip, Nlvr, Vqa)
 
 _POSITIONS = "vision.position_embedding"
 
@@ -104,6 +105,11 @@ def load_checkpoint(folder: str | Path) -> tuple[Blip, Tokenizer]:
 def load_nlvr_checkpoint(folder: str | Path) -> tuple[Nlvr, Tokenizer]:
     """Read the folder of a model for NLVR2, as `load_checkpoint` does."""
     return _load(folder, "nlvr", NlvrConfig.from_json, Nlvr)
+
+
+def load_vqa_checkpoint(folder: str | Path) -> tuple[Vqa, Tokenizer]:
+    """Read the folder of a model for VQA, as `load_checkpoint` does."""
+    return _load(folder, "vqa", VqaConfig.from_json, Vqa)
 
 
 def _load(
@@ -205,7 +211,12 @@ def initialise_from(
 
 
 def save_run(
-    folder: Path, blip: Blip, tokenizer: Tokenizer, recipe: Recipe, what: str, notes: Sequence[str]
+    folder: Path,
+    model: Model,
+    tokenizer: Tokenizer,
+    recipe: Recipe,
+    what: str,
+    notes: Sequence[str],
 ) -> dict[str, Any]:
     """Save what a run trained, the recipe in its card, and return what came out in plain values.
 
@@ -217,14 +228,14 @@ def save_run(
     if not world().is_first:
         world().wait()
         return {}
-    roles = sorted(blip.config.text.roles)
+    roles = roles_of(model)
     files = TrainingFiles.beside(folder)
     logged = read_log(files.log)
     result: dict[str, Any] = {
         "folder": str(folder),
         "log": str(files.log),
-        "model_id": model_id(blip),
-        "num_parameters": sum(parameter.numel() for parameter in blip.parameters()),
+        "model_id": model_id(model),
+        "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
         "roles": roles,
         "notes": list(notes),
         "last_step": logged.losses[-1],
@@ -238,13 +249,13 @@ def save_run(
     lines = "".join(f"- {note}.\n" for note in notes)
     card = f"""---
 library_name: openblip
-pipeline_tag: {"image-to-text" if roles == ["decode"] else "image-feature-extraction"}
+pipeline_tag: {pipeline_tag(model)}
 tags: [blip]
 ---
 # {folder.name}
 
 A BLIP of {result["num_parameters"]:,} parameters for images of \
-{blip.config.vision.image_size_px} px, made by openblip's {what}. Roles: {", ".join(roles)}. \
+{model.config.vision.image_size_px} px, made by openblip's {what}. Roles: {", ".join(roles)}. \
 Model id `{result["model_id"]}`.
 
 {lines}
@@ -259,10 +270,27 @@ Losses at the last logged step: {result["last_step"]}.
 
 What it knows is what its data say: see the recipe's `data`. {evaluated}
 """
-    save_checkpoint(folder, blip, tokenizer, card)
+    save_checkpoint(folder, model, tokenizer, card)
     files.remove_state()
     world().wait()
     return result
+
+
+def roles_of(model: Model) -> list[Role]:
+    """Return the roles that a model's MEDs play, sorted."""
+    meds = [module for module in model.modules() if isinstance(module, Med)]
+    return sorted({role for med in meds for role in med.config.roles})
+
+
+def pipeline_tag(model: Model) -> str:
+    """Return what the Hugging Face Hub calls a model's task."""
+    match model:
+        case Vqa():
+            return "visual-question-answering"
+        case Blip() if model.config.text.roles == {"decode"}:
+            return "image-to-text"
+        case _:
+            return "image-feature-extraction"
 
 
 def model_id(model: Model) -> str:

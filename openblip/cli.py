@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal
 import typer
 from typer.core import TyperGroup
 
-from openblip import __version__, cli_stages
+from openblip import __version__, cli_evaluate, cli_stages, cli_vqa
 from openblip.captions import DEFAULT_PROMPT
 from openblip.cli_options import AsJson, Data, ModelArgument, ModelOption, Prompt
 from openblip.cli_output import answer, conversion_text, say, table
@@ -63,13 +63,20 @@ evaluate_app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
 )
+evaluate_app.command("vqa")(cli_vqa.evaluate_vqa)
+app.command()(cli_vqa.ask)
+app.command()(cli_vqa.questions)
 app.command()(cli_stages.quickstart)
 app.command()(cli_stages.draw)
 app.command()(cli_stages.bootstrap)
 app.command()(cli_stages.pretrain)
+app.command()(cli_evaluate.classify)
 app.add_typer(cli_stages.finetune_app, name="finetune")
 app.add_typer(cli_stages.capfilt_app, name="capfilt")
 app.add_typer(evaluate_app, name="evaluate")
+evaluate_app.command("classification")(cli_evaluate.evaluate_classification)
+evaluate_app.command("video")(cli_evaluate.evaluate_video)
+evaluate_app.command("nlvr")(cli_evaluate.evaluate_nlvr)
 
 
 def _print_version(is_asked: bool) -> None:

@@ -154,6 +154,42 @@ def finetune_retrieval(
     _train(lambda: run_retrieval(run, out, is_dry=is_dry), is_dry=is_dry, as_json=as_json)
 
 
+@finetune_app.command("vqa")
+def finetune_vqa(
+    recipe: Recipe,
+    out: NewFolder,
+    overrides: Overrides = None,
+    is_dry: IsDry = False,
+    as_json: AsJson = False,
+) -> None:
+    """Fine-tune a model to answer questions about images.
+
+    See recipes/finetune_vqa.yaml.
+    """
+    from openblip.finetune.vqa import VqaRun, run_vqa
+
+    run = load_recipe(VqaRun, recipe, overrides or ())
+    _train(lambda: run_vqa(run, out, is_dry=is_dry), is_dry=is_dry, as_json=as_json)
+
+
+@finetune_app.command("nlvr")
+def finetune_nlvr(
+    recipe: Recipe,
+    out: NewFolder,
+    overrides: Overrides = None,
+    is_dry: IsDry = False,
+    as_json: AsJson = False,
+) -> None:
+    """Fine-tune a model to say whether a sentence is true of two images.
+
+    See recipes/finetune_nlvr.yaml.
+    """
+    from openblip.finetune.nlvr import NlvrRun, run_nlvr
+
+    run = load_recipe(NlvrRun, recipe, overrides or ())
+    _train(lambda: run_nlvr(run, out, is_dry=is_dry), is_dry=is_dry, as_json=as_json)
+
+
 @capfilt_app.command("run")
 def capfilt_run(
     source: Annotated[Path, typer.Argument(metavar="INPUT", help=DATA_HELP)],

@@ -4,7 +4,6 @@ Nothing is lost silently: what our model has no place for is counted by reason; 
 extra, of another shape or not as equal as it should be is an error that lists it.
 """
 
-import json
 import os
 import shutil
 from collections import Counter
@@ -18,10 +17,21 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from openblip import convert_official, convert_transformers
-from openblip.checkpoint import Model, load_checkpoint, model_id, save_checkpoint, with_roles
+from openblip.checkpoint import (
+    Model,
+    check_is_free,
+    load_checkpoint,
+    model_id,
+    pipeline_tag,
+    roles_of,
+    save_checkpoint,
+    with_roles,
+)
 from openblip.convert_official import OfficialKind, official_config
 from openblip.convert_transformers import ROLES_OF, Architecture
+from openblip.convert_vocabulary import read_vocabulary, words_of
 from openblip.convert_weights import (
+    foreign_shapes,
     from_official,
     listing,
     nlvr_names,
@@ -29,13 +39,17 @@ from openblip.convert_weights import (
     read_tensors,
     reason_to_leave_out,
     tied_names,
+    tied_vqa_names,
     to_official,
     transformers_names,
+    transformers_vqa_names,
+    vqa_names,
 )
 from openblip.data.sinks import write_json_atomically
-from openblip.models.blip import INITIAL_TEMPERATURE, Blip, BlipConfig
+from openblip.models.blip import INITIAL_TEMPERATURE, Blip
 from openblip.models.nlvr import Nlvr
 from openblip.models.text import Role
+from openblip.models.vqa import Vqa, VqaConfig
 from openblip.tokenizer import Tokenizer
 
 __all__ = [
@@ -43,7 +57,7 @@ __all__ = [
     "from_official", "official_config", "official_names", "read_foreign", "to_official",
 ]  # fmt: skip
 
-M = TypeVar("M", Blip, Nlvr)
+M = TypeVar("M", Blip, Nlvr, Vqa)
 
 HEADS = ("image_projection", "text_projection", "match_head")
 
@@ -57,7 +71,7 @@ class ConversionReport:
     notes     what a user must know, in sentences
     """
 
-    kind: OfficialKind | Architecture
+    kind: OfficialKind | Architecture | Literal["BlipForQuestionAnswering"]
     roles: tuple[Role, ...]
     num_parameters: int
     left_out: Mapping[str, int]
@@ -84,7 +98,7 @@ def convert_to_openblip(
 
     Raises ValueError as `read_foreign` does, and if `folder` exists.
     """
-    _check_is_free(folder)
+    check_is_free(folder)
     converted = read_foreign(source, config=config, vocabulary=vocabulary)
     card = _card(folder.name, source.name, converted.model, converted.report, "openblip")
     save_checkpoint(folder, converted.model, converted.tokenizer, card)
@@ -93,7 +107,7 @@ def convert_to_openblip(
 
 def read_foreign(
     source: Path, *, config: Path | None = None, vocabulary: Path | None = None
-) -> Converted[Blip] | Converted[Nlvr]:
+) -> Converted[Blip] | Converted[Nlvr] | Converted[Vqa]:
     """Read a model that is not ours.
 
     source      released checkpoint (.pth, .safetensors) or transformers folder
@@ -106,6 +120,8 @@ def read_foreign(
         return _read_official(source, config, vocabulary)
     if config is not None:
         raise ValueError(f"{source} has a config.json of its own: leave {config} out")
+    if convert_transformers.answers_questions(convert_transformers.read_config(source)):
+        return read_transformers_vqa(source, vocabulary)
     return read_transformers(source, vocabulary)
 
 
@@ -115,13 +131,33 @@ def read_transformers(folder: Path, vocabulary: Path | None = None) -> Converted
     tensors = convert_transformers.read_weights(folder)
     kind = convert_transformers.architecture_of(tensors)
     # Words that were added later are in tokenizer.json alone.
-    tokenizer = _tokenizer(vocabulary, folder, ("tokenizer.json", "vocab.txt"))
+    tokenizer = read_vocabulary(vocabulary, folder, ("tokenizer.json", "vocab.txt"))
     sizes = convert_transformers.config_from_transformers(values, ROLES_OF[kind], tokenizer.special)
     temperature = convert_transformers.temperature_of(values)
     notes = convert_transformers.notes_on(values, ROLES_OF[kind])
     names = transformers_names(sizes)
     model = _without_memory(lambda: Blip(sizes))
-    return _assemble(folder, kind, tensors, model, names, tokenizer, temperature, notes)
+    tied = tied_names(sizes)
+    return _assemble(folder, kind, tensors, model, names, tied, tokenizer, temperature, notes)
+
+
+def read_transformers_vqa(folder: Path, vocabulary: Path | None = None) -> Converted[Vqa]:
+    """Read a transformers folder of a BlipForQuestionAnswering, as `read_foreign` does."""
+    values, roles = convert_transformers.read_config(folder), frozenset[Role]({"pair", "decode"})
+    tokenizer = read_vocabulary(vocabulary, folder, ("tokenizer.json", "vocab.txt"))
+    sizes = convert_transformers.config_from_transformers(values, roles, tokenizer.special)
+    config = VqaConfig.from_text(sizes.vision, sizes.text, sizes.tokens)
+    return _assemble(
+        folder,
+        "BlipForQuestionAnswering",
+        convert_transformers.read_weights(folder),
+        _without_memory(lambda: Vqa(config)),
+        transformers_vqa_names(config),
+        tied_vqa_names(),
+        tokenizer,
+        None,
+        convert_transformers.notes_on(values, roles),
+    )
 
 
 def convert_to_transformers(
@@ -132,7 +168,7 @@ def convert_to_transformers(
     architecture  by default the one that has the model's roles; a model with all roles has two
     Raises ValueError if no architecture has the roles, and if `target` exists.
     """
-    _check_is_free(target)
+    check_is_free(target)
     blip, tokenizer = load_checkpoint(folder)
     if architecture is None:
         fitting = [choice for choice, roles in ROLES_OF.items() if roles == blip.config.text.roles]
@@ -170,7 +206,7 @@ def convert_to_transformers(
         for name, values in files.items():
             write_json_atomically(temporary / name, values)
         tokenizer.save(temporary / "tokenizer.json")
-        words = "\n".join(_words(temporary / "tokenizer.json"))
+        words = "\n".join(words_of(temporary / "tokenizer.json"))
         (temporary / "vocab.txt").write_text(words + "\n", encoding="utf-8")
         card = _card(target.name, folder.name, part, report, "transformers")
         (temporary / "README.md").write_text(card, encoding="utf-8")
@@ -182,11 +218,11 @@ def convert_to_transformers(
 
 def _read_official(
     source: Path, config: Path | None, vocabulary: Path | None
-) -> Converted[Blip] | Converted[Nlvr]:
+) -> Converted[Blip] | Converted[Nlvr] | Converted[Vqa]:
     tensors = read_tensors(source)
     kind = convert_official.official_kind(tensors)
     # Beside a released checkpoint lies BERT's vocabulary under its authors' name.
-    tokenizer = _tokenizer(vocabulary, source.parent, ("vocab.txt", "tokenizer.json"))
+    tokenizer = read_vocabulary(vocabulary, source.parent, ("vocab.txt", "tokenizer.json"))
     beside = source.with_name("config.json")
     if config is None and beside.is_file() and "med_config" in beside.read_text("utf-8"):
         config = beside
@@ -204,7 +240,12 @@ def _read_official(
     if kind == "nlvr":
         nlvr_config = convert_official.nlvr_config(sizes, tensors)
         nlvr, names = _without_memory(lambda: Nlvr(nlvr_config)), nlvr_names(nlvr_config)
-        return _assemble(source, kind, tensors, nlvr, names, tokenizer, None, notes)
+        return _assemble(source, kind, tensors, nlvr, names, {}, tokenizer, None, notes)
+    if kind == "vqa":
+        config_of_both = VqaConfig.from_text(sizes.vision, sizes.text, sizes.tokens)
+        vqa, names = _without_memory(lambda: Vqa(config_of_both)), vqa_names(config_of_both)
+        tied = tied_vqa_names()
+        return _assemble(source, kind, tensors, vqa, names, tied, tokenizer, None, notes)
     names = official_names(sizes)
     if kind in {"itm", "base"}:
         del names["temperature"]
@@ -215,16 +256,26 @@ def _read_official(
             "no projections and no matching head in the checkpoint: they are drawn anew, train "
             "them before comparing or matching"
         )
-    model = _without_memory(lambda: Blip(sizes))
-    return _assemble(source, kind, tensors, model, names, tokenizer, INITIAL_TEMPERATURE, notes)
+    return _assemble(
+        source,
+        kind,
+        tensors,
+        _without_memory(lambda: Blip(sizes)),
+        names,
+        tied_names(sizes),
+        tokenizer,
+        INITIAL_TEMPERATURE,
+        notes,
+    )
 
 
 def _assemble(
     source: Path,
-    kind: OfficialKind | Architecture,
+    kind: OfficialKind | Architecture | Literal["BlipForQuestionAnswering"],
     tensors: Mapping[str, Tensor],
     model: M,
     names: Mapping[str, Sequence[str]],
+    tied: Mapping[str, str],
     tokenizer: Tokenizer,
     temperature: float | None,
     notes: Sequence[str],
@@ -232,6 +283,7 @@ def _assemble(
     """Fill the model, which has no memory yet, all tensors accounted for.
 
     names        what is read; other parameters start anew
+    tied         repeated tensor -> the one that is read
     temperature  where none is read; None: the model has none
     """
     config = model.config
@@ -247,7 +299,6 @@ def _assemble(
         else:
             kept[name] = tensor
     problems = []
-    tied: Mapping[str, str] = tied_names(config) if isinstance(config, BlipConfig) else {}
     for repeat, name in tied.items():
         if repeat in kept and name not in kept:
             kept[name] = kept.pop(repeat)
@@ -256,10 +307,7 @@ def _assemble(
             if not _equal(kept.pop(repeat), kept[name]):
                 problems.append(f"{repeat} differs from {name}, to which it should be tied")
     own: Mapping[str, Tensor] = model.state_dict()
-    shapes: dict[str, tuple[int, ...]] = {}
-    for ours, parts in names.items():
-        rows, *rest = own[ours].shape or (1,)
-        shapes |= dict.fromkeys(parts, (rows // len(parts), *rest) if own[ours].ndim else ())
+    shapes = foreign_shapes(own, names)
     problems += [f"missing {name}" for name in sorted(shapes.keys() - kept.keys())]
     problems += [f"extra {name}" for name in sorted(kept.keys() - shapes.keys())]
     for name in sorted(shapes.keys() & kept.keys()):
@@ -295,65 +343,18 @@ def _equal(a: Tensor, b: Tensor) -> bool:
 
 
 def _report(
-    kind: OfficialKind | Architecture,
+    kind: OfficialKind | Architecture | Literal["BlipForQuestionAnswering"],
     model: Model,
     left_out: Mapping[str, int],
     notes: Sequence[str],
 ) -> ConversionReport:
     return ConversionReport(
         kind=kind,
-        roles=tuple(sorted(model.config.text.roles)),
+        roles=tuple(roles_of(model)),
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
         left_out=left_out,
         notes=tuple(notes),
     )
-
-
-def _check_is_free(folder: Path) -> None:
-    if folder.exists():
-        raise ValueError(f"{folder} exists: choose another name or remove it")
-
-
-def _tokenizer(vocabulary: Path | None, folder: Path, names: Sequence[str]) -> Tokenizer:
-    """Build from a vocabulary; [DEC] and [ENC] come to its end where it lacks them."""
-    if vocabulary is None:
-        vocabulary = next((folder / name for name in names if (folder / name).is_file()), None)
-    if vocabulary is None:
-        raise ValueError(
-            f"{folder} holds no {' or '.join(names)}: give the model's vocabulary, of the released "
-            "models the vocab.txt of bert-base-uncased"
-        )
-    if not vocabulary.is_file():
-        raise ValueError(f"no vocabulary at {vocabulary}")
-    if vocabulary.suffix == ".json":
-        words = _words(vocabulary)
-    else:
-        # Not `splitlines`: it would also break at separators that are words of some vocabularies.
-        words = vocabulary.read_text("utf-8").rstrip("\n").split("\n")
-    try:
-        return Tokenizer.from_vocabulary(words)
-    except ValueError as error:
-        raise ValueError(f"{vocabulary}: {error}") from error
-
-
-def _words(path: Path) -> list[str]:
-    """Return the words of a `tokenizer.json`, added ones too, in the order of their ids.
-
-    The rest of the file is built anew, for it may hold padding and truncation of some other use.
-    Raises ValueError if it is no lower-casing WordPiece.
-    """
-    try:
-        values = json.loads(path.read_text("utf-8"))
-        ids = values["model"]["vocab"] | {t["content"]: t["id"] for t in values["added_tokens"]}
-        is_lower = (values["normalizer"] or {}).get("lowercase", False)
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is no tokenizer: {error!r}") from error
-    if values["model"].get("type", "WordPiece") != "WordPiece" or not is_lower:
-        raise ValueError(f"{path} is no lower-casing WordPiece, which BLIP uses")
-    words = sorted(ids, key=ids.__getitem__)
-    if [ids[word] for word in words] != list(range(len(words))):
-        raise ValueError(f"{path}: the ids do not count from 0 to {len(words) - 1}")
-    return words
 
 
 def _card(
@@ -364,12 +365,11 @@ def _card(
     library: Literal["openblip", "transformers"],
 ) -> str:
     vision, text = model.config.vision, model.config.text
-    task = "image-to-text" if report.roles == ("decode",) else "image-feature-extraction"
     left_out = [f"{number} tensors left out: {why}" for why, number in report.left_out.items()]
     lines = "\n".join(f"- {line}." for line in [*left_out, *report.notes])
     return f"""---
 library_name: {library}
-pipeline_tag: {task}
+pipeline_tag: {pipeline_tag(model)}
 tags: [blip]
 ---
 # {name}

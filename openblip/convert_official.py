@@ -15,7 +15,7 @@ from openblip.models.nlvr import FIRST_MERGE_LAYER, NlvrConfig
 from openblip.models.text import ALL_ROLES, MedConfig, Role, SpecialTokens
 from openblip.models.vision import VisionConfig
 
-OfficialKind = Literal["pretrain", "caption", "retrieval", "itm", "base", "nlvr"]
+OfficialKind = Literal["pretrain", "caption", "retrieval", "itm", "base", "nlvr", "vqa"]
 PARTS = frozenset({"text_encoder", "text_decoder", "vision_proj", "itm_head", "cls_head"})
 HEAD_WIDTH = 64
 _MERGE = re.compile(r"encoder\.layer\.(\d+)\.crossattention\.output\.merge_layer\.weight$")
@@ -38,10 +38,12 @@ def official_kind(names: Collection[str]) -> OfficialKind:
             return "base"
         case ["cls_head", "text_encoder"]:
             return "nlvr"
+        case ["text_decoder", "text_encoder"]:
+            return "vqa"
         case found:
             raise ValueError(
                 f"a checkpoint with {', '.join(found) or 'none'} of {', '.join(sorted(PARTS))} is "
-                "no pre-training, captioning, retrieval, ITM, base or NLVR2 model of BLIP"
+                "no pre-training, captioning, retrieval, ITM, base, NLVR2 or VQA model of BLIP"
             )
 
 
@@ -55,6 +57,8 @@ def roles_of(kind: OfficialKind) -> frozenset[Role]:
             return frozenset({"text", "pair"})
         case "nlvr":
             return frozenset({"pair"})
+        case "vqa":
+            return frozenset({"pair", "decode"})
 
 
 def read_official_config(path: Path) -> BlipConfig:

@@ -89,6 +89,11 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     raise ValueError(f"{folder} holds neither model.safetensors nor pytorch_model.bin")
 
 
+def answers_questions(values: Mapping[str, Any]) -> bool:
+    """Say whether `read_config`'s values are those of a BlipForQuestionAnswering."""
+    return values.get("architectures") == ["BlipForQuestionAnswering"]
+
+
 def architecture_of(names: Collection[str]) -> Architecture:
     """Return which model has tensors of these names. Raises ValueError if we know none."""
     tops = {name.partition(".")[0] for name in names}
@@ -97,6 +102,8 @@ def architecture_of(names: Collection[str]) -> Architecture:
             return "BlipForConditionalGeneration"
         case ["itm_head", "text_encoder", "vision_proj"]:
             return "BlipForImageTextRetrieval"
+        case ["text_decoder", "text_encoder"]:
+            raise ValueError("a transformers folder of a BlipForQuestionAnswering is a VQA model")
         case _:
             raise ValueError(
                 f"a transformers folder with {', '.join(sorted(tops))} can not be converted: "

@@ -7,8 +7,9 @@ are stacked.
 
 import math
 import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch
 from safetensors import SafetensorError
@@ -17,6 +18,8 @@ from torch import Tensor
 
 from openblip.models.blip import BlipConfig
 from openblip.models.nlvr import NlvrConfig
+from openblip.models.text import MedConfig
+from openblip.models.vqa import VqaConfig
 
 QUEUES = {"image_queue", "text_queue", "idx_queue", "queue_ptr", "ptr_queue"}
 
@@ -118,14 +121,10 @@ def official_names(
     roles = config.text.roles
     names = _vision_names(config.vision.num_layers, _OFFICIAL_VISION)
     if "decode" in roles:
-        names |= _bert_parts(f"{decoder}.bert", config, ("causal",))
-        head = f"{decoder}.cls.predictions"
-        names["text.lm_head.bias"] = [f"{head}.bias"]
-        for suffix in ("weight", "bias"):
-            names[f"text.lm_head.linear.{suffix}"] = [f"{head}.transform.dense.{suffix}"]
-            names[f"text.lm_head.norm.{suffix}"] = [f"{head}.transform.LayerNorm.{suffix}"]
+        names |= _bert_parts(f"{decoder}.bert", config.text, "causal")
+        names |= _lm_head_names(f"{decoder}.cls.predictions")
     if config.text.has_bidirectional:
-        names |= _bert_parts(encoder, config, ("bidirectional",))
+        names |= _bert_parts(encoder, config.text, "bidirectional")
     if "text" in roles:
         names["temperature"] = ["temp"]
         names |= _both({"image_projection": ["vision_proj"], "text_projection": ["text_proj"]})
@@ -149,8 +148,28 @@ def nlvr_names(config: NlvrConfig, *, encoder: str = "text_encoder") -> dict[str
         return parts
 
     names = _vision_names(config.vision.num_layers, _OFFICIAL_VISION)
-    names |= _bert_parts(encoder, config, ("bidirectional",), cross_parts)
+    names |= _bert_parts(encoder, config.text, "bidirectional", cross_parts=cross_parts)
     return names | _both({f"classifier.{n}": [f"cls_head.{n}"] for n in (0, 2)})
+
+
+def vqa_names(config: VqaConfig) -> dict[str, list[str]]:
+    """Map every parameter of a VQA model as `official_names` does."""
+    names = _vision_names(config.vision.num_layers, _OFFICIAL_VISION)
+    names |= _bert_parts("text_encoder", config.question, "bidirectional", med="question")
+    names |= _bert_parts("text_decoder.bert", config.answer, "causal", med="answer")
+    return names | _lm_head_names("text_decoder.cls.predictions", med="answer")
+
+
+def transformers_vqa_names(config: VqaConfig) -> dict[str, list[str]]:
+    """Map our names to those of transformers' BlipForQuestionAnswering."""
+    return vqa_names(config) | _vision_names(config.vision.num_layers, _TRANSFORMERS_VISION)
+
+
+def tied_vqa_names() -> dict[str, str]:
+    """Map as `tied_names` does, for a VQA model: its two BERTs share nothing."""
+    head = "text_decoder.cls.predictions"
+    word_embedding = "text_decoder.bert.embeddings.word_embeddings.weight"
+    return {f"{head}.decoder.weight": word_embedding, f"{head}.decoder.bias": f"{head}.bias"}
 
 
 def transformers_names(config: BlipConfig) -> dict[str, list[str]]:
@@ -173,7 +192,7 @@ def tied_names(config: BlipConfig) -> dict[str, str]:
     names, head = official_names(config), "text_decoder.cls.predictions"
     [word_embedding] = names["text.word_embedding.weight"]
     tied = {f"{head}.decoder.weight": word_embedding, f"{head}.decoder.bias": f"{head}.bias"}
-    for ours, repeats in _bert_parts("text_decoder.bert", config, ("causal",)).items():
+    for ours, repeats in _bert_parts("text_decoder.bert", config.text, "causal").items():
         tied |= {a: b for a, b in zip(repeats, names[ours], strict=True) if a != b}
     return tied
 
@@ -189,6 +208,19 @@ def from_official(
         ours: torch.cat([tensors[part] for part in parts]) if len(parts) > 1 else tensors[parts[0]]
         for ours, parts in names.items()
     }
+
+
+def foreign_shapes(
+    own: Mapping[str, Tensor], names: Mapping[str, Sequence[str]]
+) -> dict[str, tuple[int, ...]]:
+    """Return the shape that each tensor must have that `from_official` stacks into ours."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for ours, parts in names.items():
+        shape = tuple(own[ours].shape)
+        if len(parts) > 1:
+            shape = (shape[0] // len(parts), *shape[1:])
+        shapes |= dict.fromkeys(parts, shape)
+    return shapes
 
 
 def to_official(tensors: Mapping[str, Tensor], names: Mapping[str, list[str]]) -> dict[str, Tensor]:
@@ -228,36 +260,46 @@ def _one_image_parts(layer: int, ours: str, theirs: str) -> dict[str, list[str]]
 
 def _bert_parts(
     bert: str,
-    config: BlipConfig | NlvrConfig,
-    kinds: tuple[str, ...],
+    config: MedConfig,
+    kind: Literal["bidirectional", "causal"],
+    *,
+    med: str = "text",
     cross_parts: Callable[[int, str, str], dict[str, list[str]]] = _one_image_parts,
 ) -> dict[str, list[str]]:
     """Map our names of a MED, as one official BERT holds it, to the names that are stacked in them.
 
     bert         prefix of the official BERT
-    kinds        which self-attention it holds: `bidirectional` or `causal`
+    kind         which self-attention it holds
+    med          our prefix of the MED
     cross_parts  modules of a layer's cross-attention, of its number and the two prefixes
     """
     names: dict[str, list[str]] = {
-        "text.word_embedding.weight": [f"{bert}.embeddings.word_embeddings.weight"],
-        "text.position_embedding.weight": [f"{bert}.embeddings.position_embeddings.weight"],
+        f"{med}.word_embedding.weight": [f"{bert}.embeddings.word_embeddings.weight"],
+        f"{med}.position_embedding.weight": [f"{bert}.embeddings.position_embeddings.weight"],
     }
-    modules = {"text.embedding_norm": [f"{bert}.embeddings.LayerNorm"]}
-    for i in range(config.text.num_layers):
-        ours, theirs = f"text.layers.{i}", f"{bert}.encoder.layer.{i}"
-        for kind in kinds:
-            attention = f"{theirs}.attention"
-            modules[f"{ours}.{kind}.qkv"] = [
-                f"{attention}.self.{part}" for part in ("query", "key", "value")
-            ]
-            modules[f"{ours}.{kind}.output.linear"] = [f"{attention}.output.dense"]
-            modules[f"{ours}.{kind}.output.norm"] = [f"{attention}.output.LayerNorm"]
-        if config.text.has_cross:
+    modules = {f"{med}.embedding_norm": [f"{bert}.embeddings.LayerNorm"]}
+    for i in range(config.num_layers):
+        ours, theirs = f"{med}.layers.{i}", f"{bert}.encoder.layer.{i}"
+        attention = f"{theirs}.attention"
+        modules[f"{ours}.{kind}.qkv"] = [
+            f"{attention}.self.{part}" for part in ("query", "key", "value")
+        ]
+        modules[f"{ours}.{kind}.output.linear"] = [f"{attention}.output.dense"]
+        modules[f"{ours}.{kind}.output.norm"] = [f"{attention}.output.LayerNorm"]
+        if config.has_cross:
             modules |= cross_parts(i, f"{ours}.cross", f"{theirs}.crossattention")
         modules[f"{ours}.up"] = [f"{theirs}.intermediate.dense"]
         modules[f"{ours}.down.linear"] = [f"{theirs}.output.dense"]
         modules[f"{ours}.down.norm"] = [f"{theirs}.output.LayerNorm"]
     return names | _both(modules)
+
+
+def _lm_head_names(head: str, *, med: str = "text") -> dict[str, list[str]]:
+    modules = {
+        f"{med}.lm_head.linear": [f"{head}.transform.dense"],
+        f"{med}.lm_head.norm": [f"{head}.transform.LayerNorm"],
+    }
+    return {f"{med}.lm_head.bias": [f"{head}.bias"]} | _both(modules)
 
 
 def _both(modules: Mapping[str, list[str]]) -> dict[str, list[str]]:

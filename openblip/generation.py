@@ -5,16 +5,25 @@ Letters: B images, K rows per image (beams or captions), R = B * K rows, V vocab
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from openblip.models.blip import Blip
-from openblip.models.text import Context, SpecialTokens
+from openblip.models.context import Context, DecoderCache
+from openblip.models.text import SpecialTokens
 
 NEGLIGIBLE = -1e9
 """Starting score of all beams but the first, which would otherwise be its copies."""
+
+
+class Decoder(Protocol):
+    """A model that continues texts, as `Blip` and `Vqa` do."""
+
+    def new_decoder_cache(self) -> DecoderCache: ...
+
+    def decode_step(self, token_ids: Tensor, cache: DecoderCache, context: Context) -> Tensor: ...
+
 
 Sampler = Callable[[Tensor, Sequence[torch.Generator]], Tensor]
 
@@ -83,7 +92,7 @@ class Generated:
 
 @torch.no_grad()
 def generate(
-    decoder: Blip,
+    decoder: Decoder,
     context: Context,
     *,
     prompt_ids: Sequence[int],
@@ -119,7 +128,7 @@ def generate(
 
 
 def _step_by_step(
-    decoder: Blip,
+    decoder: Decoder,
     context: Context,
     prefix: list[int],
     tokens: SpecialTokens,
@@ -161,7 +170,7 @@ def _step_by_step(
 
 
 def _beam(
-    decoder: Blip,
+    decoder: Decoder,
     context: Context,
     prefix: list[int],
     tokens: SpecialTokens,

@@ -13,9 +13,12 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from openblip.checkpoint import FILES, load_checkpoint
-from openblip.convert import read_transformers
+from openblip.checkpoint import FILES, load_checkpoint, load_nlvr_checkpoint, load_vqa_checkpoint
+from openblip.convert import read_transformers, read_transformers_vqa
+from openblip.convert_transformers import answers_questions
 from openblip.models.blip import Blip
+from openblip.models.nlvr import Nlvr
+from openblip.models.vqa import Vqa
 from openblip.tokenizer import Tokenizer
 
 # Of all that a repository may hold (other frameworks' weights, training states), what we read.
@@ -61,6 +64,34 @@ def load(name_or_path: str | Path, *, revision: str | None = None) -> tuple[Blip
     for note in converted.report.notes:
         _log.info("%s: %s", name_or_path, note)
     return converted.model, converted.tokenizer
+
+
+def is_vqa(name_or_path: str | Path) -> bool:
+    """Say whether a model, ours or transformers', answers questions. Raises as `resolve` does."""
+    path = resolve(name_or_path) / "config.json"
+    try:
+        values = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(values, dict) and (values.get("task") == "vqa" or answers_questions(values))
+
+
+def load_vqa(name_or_path: str | Path, *, revision: str | None = None) -> tuple[Vqa, Tokenizer]:
+    """Load a model that answers questions, as `load` does one that captions and matches."""
+    folder = resolve(name_or_path, revision=revision)
+    if not _is_of_transformers(folder):
+        return load_vqa_checkpoint(folder)
+    converted = read_transformers_vqa(folder)
+    for note in converted.report.notes:
+        _log.info("%s: %s", name_or_path, note)
+    return converted.model, converted.tokenizer
+
+
+def load_nlvr(name_or_path: str | Path, *, revision: str | None = None) -> tuple[Nlvr, Tokenizer]:
+    """Load a model for NLVR2, as `load` does one that captions and matches; there is none of
+    transformers.
+    """
+    return load_nlvr_checkpoint(resolve(name_or_path, revision=revision))
 
 
 def push(

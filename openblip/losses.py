@@ -80,3 +80,33 @@ def lm_loss(
     return F.cross_entropy(
         logits[:, :-1].flatten(0, 1), targets[:, 1:].flatten(), label_smoothing=label_smoothing
     )
+
+
+def text_losses(
+    logits: Tensor, token_ids: Tensor, text_mask: Tensor, *, label_smoothing: float
+) -> Tensor:
+    """Cross-entropy of every text as a whole.
+
+    logits, token_ids, text_mask, label_smoothing  as `lm_loss` takes them
+    Returns  (R,) sum over the predicted tokens of a row; without smoothing, minus the text's
+             log-probability
+    """
+    targets = token_ids.masked_fill(text_mask == 0, -100)[:, 1:]
+    losses = F.cross_entropy(
+        logits[:, :-1].flatten(0, 1),
+        targets.flatten(),
+        reduction="none",
+        label_smoothing=label_smoothing,
+    )
+    return losses.view(targets.shape).sum(dim=1)
+
+
+def vqa_loss(losses: Tensor, weights: Tensor, num_questions: int) -> Tensor:
+    """Join the losses of all answers of a batch.
+
+    losses         (R,) of `text_losses`, all answers of all questions
+    weights        (R,) of the answers
+    num_questions  by which the weighted sum is divided
+    Source: BLIP sec. 5.3; the released code's answers weigh their share of the annotators.
+    """
+    return (losses * weights).sum() / num_questions

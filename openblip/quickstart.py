@@ -17,8 +17,9 @@ from openblip.data.world import WorldConfig, draw_world
 from openblip.finetune.captioning import CaptioningRecipe
 from openblip.finetune.retrieval import RetrievalRecipe
 from openblip.generation import Decoding
-from openblip.pretrain import ModelRecipe, ObjectiveRecipe, PretrainRecipe
+from openblip.pretrain import ObjectiveRecipe, PretrainRecipe
 from openblip.training.alignment import AlignmentConfig
+from openblip.training.new_model import ModelRecipe
 from openblip.training.optim import OptimizerRecipe
 
 WORLD = WorldConfig(num_web=6000, num_human=800, num_test=500)

@@ -14,11 +14,11 @@ from torch import Tensor
 from openblip.checkpoint import (
     load_checkpoint,
     load_nlvr_checkpoint,
+    load_vqa_checkpoint,
     save_checkpoint,
     with_roles,
 )
 from openblip.convert import (
-    _tokenizer,
     convert_to_openblip,
     convert_to_transformers,
     from_official,
@@ -27,7 +27,8 @@ from openblip.convert import (
     to_official,
 )
 from openblip.convert_official import config_from_tensors, nlvr_config, official_kind
-from openblip.convert_weights import listing, mlp_ratio_of, nlvr_names
+from openblip.convert_vocabulary import read_vocabulary
+from openblip.convert_weights import listing, mlp_ratio_of, nlvr_names, vqa_names
 from openblip.models.blip import Blip, BlipConfig
 from openblip.models.nlvr import Nlvr, NlvrConfig
 from openblip.models.text import MedConfig, SpecialTokens
@@ -118,6 +119,29 @@ def test_each_kind_from_a_pth_file(
     if kind == "base":
         assert own["match_head.weight"].std() > 0.001
         assert own["match_head.bias"].abs().sum() == 0
+
+
+def test_the_model_of_vqa(reference: Path, beside: Path, tmp_path: Path) -> None:
+    tensors = load_file(reference / "vqa_init.safetensors")
+    torch.save({"model": tensors}, beside / "vqa.pth")
+    report = convert_to_openblip(beside / "vqa.pth", tmp_path / "model")
+    assert (report.kind, report.roles) == ("vqa", ("decode", "pair"))
+    assert report.left_out == {"position_ids buffer": 2, "tied duplicate": 2}
+    vqa, _ = load_vqa_checkpoint(tmp_path / "model")
+    names = vqa_names(vqa.config)
+    expected = from_official(tensors, names)
+    assert all(torch.equal(value, expected[name]) for name, value in vqa.state_dict().items())
+    assert sum(map(len, names.values())) + 4 == len(tensors)
+    assert vqa.config.answer.context_width == vqa.config.question.width
+    with pytest.raises(ValueError, match="a model for vqa, expected no task"):
+        load_checkpoint(tmp_path / "model")
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert "pipeline_tag: visual-question-answering" in card
+    tensors["text_decoder.cls.predictions.decoder.bias"][0] += 1
+    del tensors["text_encoder.embeddings.LayerNorm.bias"]
+    torch.save(tensors, beside / "vqa.pth")
+    with pytest.raises(ValueError, match=r"decoder\.bias differs .*missing text_encoder\.embedd"):
+        read_foreign(beside / "vqa.pth")
 
 
 def test_the_model_of_nlvr2(reference: Path, beside: Path, tmp_path: Path) -> None:
@@ -232,11 +256,10 @@ def test_files_that_are_no_weights(official: Tensors, beside: Path) -> None:
     }.items():
         with pytest.raises(ValueError, match=expected):
             read_foreign(beside / name)
-    # A question-answering model has two BERTs and no heads.
-    answering = only(official, "visual_encoder", "text_encoder", "text_decoder")
-    save_file(answering, beside / "vqa.safetensors")
+    strange = only(official, "visual_encoder", "text_decoder", "itm_head")
+    save_file(strange, beside / "strange.safetensors")
     with pytest.raises(ValueError, match="no pre-training, captioning, retrieval"):
-        read_foreign(beside / "vqa.safetensors")
+        read_foreign(beside / "strange.safetensors")
 
 
 def test_sizes_from_the_tensors_need_heads_of_64(official: Tensors, beside: Path) -> None:
@@ -306,7 +329,7 @@ def test_vocabularies(official: Tensors, beside: Path, tmp_path: Path) -> None:
 
 
 def test_bert_vocabulary_gets_the_released_ids(shared: Path) -> None:
-    tokenizer = _tokenizer(shared / "data" / "bert-base-uncased-vocab.txt", shared, ())
+    tokenizer = read_vocabulary(shared / "data" / "bert-base-uncased-vocab.txt", shared, ())
     assert tokenizer.vocab_size == 30524
     assert (tokenizer.special.dec, tokenizer.special.enc) == (30522, 30523)
     assert (tokenizer.special.cls, tokenizer.special.sep) == (101, 102)
@@ -414,7 +437,7 @@ def test_transformers_folders_that_do_not_fit(ours: Path, tmp_path: Path) -> Non
     with pytest.raises(ValueError, match=r"intermediate\.dense\.bias is .*, expected \(47,\)"):
         read_foreign(folder)
     tensors = load_file(folder / "model.safetensors")
-    tensors["text_encoder.x"] = torch.zeros(1)
+    tensors["vision_proj.x"] = torch.zeros(1)
     save_file(tensors, folder / "model.safetensors")
     with pytest.raises(ValueError, match="can not be converted"):
         read_foreign(folder)

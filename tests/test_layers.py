@@ -14,10 +14,11 @@ LAYERS = {
     0: ["config", "captions", "data.samples", "data.sources", "data.sinks", "data.tar"],
     1: ["tokenizer", "images", "augment", "models", "losses", "generation"],
     2: ["data", "training", "page", "page_charts", "checkpoint", "convert", "hub", "inference",
-        "convert_official", "convert_transformers", "convert_weights"],
+        "convert_official", "convert_transformers", "convert_vocabulary", "convert_weights"],
     3: ["evaluation", "search", "explain"],
     4: ["pretrain", "finetune", "capfilt", "quickstart"],
-    5: ["cli", "cli_options", "cli_output", "cli_stages", "serve", "__main__"],
+    5: ["cli", "cli_evaluate", "cli_options", "cli_output", "cli_stages", "cli_vqa", "serve",
+        "__main__"],
 }  # fmt: skip
 LAYER_OF = {prefix: layer for layer, prefixes in LAYERS.items() for prefix in prefixes}
 CALL_OTHER_STAGES = {"capfilt.bootstrap", "quickstart"}

@@ -9,6 +9,7 @@ from openblip.capfilt.bootstrap import BootstrapRecipe
 from openblip.config import Recipe, dump_recipe, load_recipe
 from openblip.finetune.captioning import CaptioningRun
 from openblip.finetune.retrieval import RetrievalRun
+from openblip.finetune.vqa import VqaRun
 from openblip.pretrain import PretrainRecipe, PretrainRun
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
@@ -20,6 +21,8 @@ CLASSES: dict[str, type[Recipe]] = {
     "finetune_retrieval": RetrievalRun,
     "captioning": CaptioningRun,
     "retrieval": RetrievalRun,
+    "finetune_vqa": VqaRun,
+    "vqa": VqaRun,
 }
 FILES = sorted(RECIPES.glob("*.yaml"))
 
@@ -65,6 +68,9 @@ def test_the_shipped_values_are_those_of_the_paper() -> None:
         assert run.image_size_px == 384
         usual = cls(data=("a",), init="b").optimizer
         assert run.optimizer == usual.model_copy(update={"steps_per_epoch": 2214})
+    run = load_recipe(VqaRun, RECIPES / "finetune_vqa.yaml")
+    assert run.image_size_px == 480
+    assert run.optimizer == VqaRun(data=("a",), init="b").optimizer
 
 
 def test_an_epoch_is_as_long_in_every_value_of_a_recipe() -> None:

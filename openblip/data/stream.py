@@ -126,6 +126,10 @@ class SampleStream(ABC, Generic[E, B]):
         self._num_units = self._num_parts * len(self._shards)
         self._readers: dict[tuple[int, int], Iterator[Sample | BadSample]] = {}
 
+    def read(self, shard: Path, start: int, step: int) -> Iterator[Sample | BadSample]:
+        """Read every `step`-th entry of a shard from `start` on, as `data.sources` does."""
+        return read_entries(shard, start=start, step=step)
+
     @abstractmethod
     def examples(self, sample: Sample) -> Iterator[tuple[int, E] | BadSample]:
         """Yield a sample's examples with their numbers, the same at every reading, or what is bad.
@@ -310,7 +314,7 @@ class SampleStream(ABC, Generic[E, B]):
         epoch, place = divmod(unit, self._num_units)
         shard, part = divmod(_order(self.seed, epoch, self._num_units)[place], self._num_parts)
         start = part + first * self._num_parts
-        return read_entries(self._shards[shard], start=start, step=self._num_parts)
+        return self.read(self._shards[shard], start, self._num_parts)
 
     def _shuffled(
         self, block: Block, entries: list[_Entry]

@@ -68,10 +68,23 @@ def retrieval_recalls(
         image = int((~is_match.any(dim=1)).nonzero()[0])
         raise ValueError(f"image {image} has no text; leave it out of the evaluation")
 
-    tr = _recalls(image_to_text, is_match)
-    ir = _recalls(text_to_image, is_match.T)
+    tr = recalls(image_to_text, is_match)
+    ir = recalls(text_to_image, is_match.T)
     tr_mean, ir_mean = sum(tr) / len(tr), sum(ir) / len(ir)
     return RetrievalRecalls(*tr, *ir, tr_mean, ir_mean, (tr_mean + ir_mean) / 2)
+
+
+def median_rank(scores: Tensor, is_match: Tensor) -> float:
+    """Return the median, over queries, of the rank of a query's best match; 1 is the best rank.
+
+    scores    (R, C) higher is better
+    is_match  (R, C) bool, at least one in every row
+    """
+    best = scores.masked_fill(~is_match, -torch.inf).amax(dim=1, keepdim=True)
+    is_tied = scores == best
+    # Of t tied candidates, m of them matches, the first match stands at (t + 1) / (m + 1).
+    place = (is_tied.sum(dim=1) + 1) / ((is_tied & is_match).sum(dim=1) + 1)
+    return float(((scores > best).sum(dim=1) + place).quantile(0.5))
 
 
 def roc_auc(scores: Tensor | Sequence[float], labels: Tensor | Sequence[int]) -> float:
@@ -108,7 +121,7 @@ def roc_auc(scores: Tensor | Sequence[float], labels: Tensor | Sequence[int]) ->
     return num_half_wins / (2 * num_positives * num_negatives)
 
 
-def _recalls(scores: Tensor, is_match: Tensor) -> tuple[float, float, float]:
+def recalls(scores: Tensor, is_match: Tensor) -> tuple[float, float, float]:
     """Return recall at 1, 5 and 10 in percent for scores (R, C) and is_match (R, C) bool.
 
     A query's best match is tied with t - 1 other candidates, m of the t are matches, and g

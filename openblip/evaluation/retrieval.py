@@ -75,6 +75,27 @@ def score_retrieval(
     once, since its score does not depend on the direction.
     """
     similarity = embed_images(blip, images) @ embed_texts(blip, tokens).T
+    states = (blip.encode_image(batch.to(blip.device)) for batch in batched(images, batch_size))
+    return rerank(blip, similarity, states, tokens, shortlist=shortlist, is_silent=is_silent)
+
+
+@torch.no_grad()
+def rerank(
+    blip: Blip,
+    similarity: Tensor,
+    image_states: Iterable[Tensor],
+    tokens: TokenBatch,
+    *,
+    shortlist: int,
+    is_silent: bool = False,
+) -> RetrievalScores:
+    """Score by ITM the K best of each image and of each text.
+
+    similarity    (I, T) ITC cosine
+    image_states  of all images in their order, in batches (B, positions, width)
+    is_silent     tell no progress
+    Raises ValueError if there are not I of them.
+    """
     num_images, num_texts = similarity.shape
     in_image_list = torch.zeros_like(similarity, dtype=torch.bool)
     in_text_list = torch.zeros_like(in_image_list)
@@ -85,8 +106,8 @@ def score_retrieval(
     scores = torch.full_like(similarity, NOT_JUDGED)
     image = 0
     with ProgressLine("re-ranking", num_images, unit="images", is_silent=is_silent) as progress:
-        for batch in batched(images, batch_size):
-            context = blip.project_context(blip.encode_image(batch.to(blip.device)))
+        for batch in image_states:
+            context = blip.project_context(batch)
             for row in range(batch.shape[0]):
                 texts = (in_image_list[image] | in_text_list[image]).nonzero().squeeze(1)
                 if len(texts):

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from openblip.models.blip import Blip, check_keys, part_from_json, with_first
-from openblip.models.text import Context, ImageAttention, Med, MedConfig, SpecialTokens
+from openblip.models.context import Context
+from openblip.models.text import ImageAttention, Med, MedConfig, SpecialTokens
 from openblip.models.vision import VisionConfig, VisionTransformer
 
 FIRST_MERGE_LAYER = 6
@@ -92,11 +93,12 @@ class PairCrossAttention(nn.Module):
         key, value = (torch.cat(both, dim=2) for both in zip(of_first, of_second, strict=True))
         return key, value
 
-    def forward(self, states: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def forward(self, states: Tensor, key: Tensor, value: Tensor, visible: Tensor | None) -> Tensor:
+        assert visible is None, "image states have no padding"
         first_key, second_key = key.chunk(2, dim=2)
         first_value, second_value = value.chunk(2, dim=2)
-        first = self.first_output(self.first.attend(states, first_key, first_value))
-        second = self.second_output(self.second.attend(states, second_key, second_value))
+        first = self.first_output(self.first.attend(states, first_key, first_value, None))
+        second = self.second_output(self.second.attend(states, second_key, second_value, None))
         if self.merge is None:
             found = (first + second) / 2
         else:

@@ -14,12 +14,14 @@ H heads, N image positions, V vocabulary.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from openblip.models.context import Context, DecoderCache
 
 Role = Literal["text", "pair", "decode"]
 ALL_ROLES: frozenset[Role] = frozenset({"text", "pair", "decode"})
@@ -74,56 +76,6 @@ class MedConfig:
     @property
     def has_cross(self) -> bool:
         return bool(self.roles & {"pair", "decode"})
-
-
-@dataclass(frozen=True)
-class Context:
-    """The cross-attention's keys and values of a batch of images, one pair per layer.
-
-    They depend on the image alone: computed once, they serve every text, role and decoding step.
-    keys, values  per layer (B, H, N, D / H)
-    """
-
-    keys: tuple[Tensor, ...]
-    values: tuple[Tensor, ...]
-
-    @property
-    def num_images(self) -> int:
-        return self.keys[0].shape[0]
-
-    def select(self, indices: Tensor) -> "Context":
-        """Return the context of the images at `indices` (any number, repeats allowed)."""
-        return Context(
-            tuple(key.index_select(0, indices) for key in self.keys),
-            tuple(value.index_select(0, indices) for value in self.values),
-        )
-
-
-@dataclass
-class DecoderCache:
-    """Self-attention keys and values of the tokens decoded so far, per layer (R, H, T, D / H)."""
-
-    keys: list[Tensor] = field(default_factory=list)
-    values: list[Tensor] = field(default_factory=list)
-
-    @property
-    def num_tokens(self) -> int:
-        return self.keys[0].shape[2] if self.keys else 0
-
-    def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Add the newest tokens of a layer and return all of the layer's keys and values."""
-        if layer == len(self.keys):
-            self.keys.append(key)
-            self.values.append(value)
-        else:
-            self.keys[layer] = torch.cat([self.keys[layer], key], dim=2)
-            self.values[layer] = torch.cat([self.values[layer], value], dim=2)
-        return self.keys[layer], self.values[layer]
-
-    def reorder(self, rows: Tensor) -> None:
-        """Replace the rows by the rows at `rows`, as beam search asks after each step."""
-        self.keys = [key.index_select(0, rows) for key in self.keys]
-        self.values = [value.index_select(0, rows) for value in self.values]
 
 
 class AttentionOutput(nn.Module):
@@ -189,15 +141,18 @@ class ImageAttention(nn.Module):
         key, value = key_value.permute(2, 0, 3, 1, 4)
         return key, value
 
-    def attend(self, states: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Return what the states (R, L, D) find in the images, of the same shape."""
+    def attend(self, states: Tensor, key: Tensor, value: Tensor, visible: Tensor | None) -> Tensor:
+        """Return what the states (R, L, D) find in the images, of the same shape.
+
+        visible  (B, 1, 1, N) bool, the positions that are no padding; None: all
+        """
         rows, length, width = states.shape
         images = key.shape[0]
         # The R / B rows of one image become one longer row of queries: the image's keys and
         # values are read once for all of them, and never copied.
         query = self.query(states).view(images, -1, self.num_heads, width // self.num_heads)
         attended = F.scaled_dot_product_attention(
-            query.transpose(1, 2), key, value, None, self.dropout if self.training else 0.0
+            query.transpose(1, 2), key, value, visible, self.dropout if self.training else 0.0
         )
         return attended.transpose(1, 2).reshape(rows, length, width)
 
@@ -209,8 +164,8 @@ class CrossAttention(ImageAttention):
         super().__init__(config)
         self.output = AttentionOutput(config, config.width)
 
-    def forward(self, states: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        output: Tensor = self.output(self.attend(states, key, value), states)
+    def forward(self, states: Tensor, key: Tensor, value: Tensor, visible: Tensor | None) -> Tensor:
+        output: Tensor = self.output(self.attend(states, key, value, visible), states)
         return output
 
 
@@ -218,12 +173,18 @@ class AnyCrossAttention(Protocol):
     """What a layer asks of its cross-attention."""
 
     def project_context(self, image_states: Tensor) -> tuple[Tensor, Tensor]: ...
-    def __call__(self, states: Tensor, key: Tensor, value: Tensor) -> Tensor: ...
+    def __call__(
+        self, states: Tensor, key: Tensor, value: Tensor, visible: Tensor | None
+    ) -> Tensor: ...
 
 
 CrossBuilder = Callable[[MedConfig, int], nn.Module]
 """From the configuration and a layer's number to an `AnyCrossAttention`."""
-_ONE_IMAGE: CrossBuilder = lambda config, layer: CrossAttention(config)  # noqa: E731
+
+
+def one_image(config: MedConfig, layer: int) -> nn.Module:
+    """Build the cross-attention of all tasks but those of several images."""
+    return CrossAttention(config)
 
 
 class MedLayer(nn.Module):
@@ -251,23 +212,29 @@ class MedLayer(nn.Module):
         assert self.bidirectional is not None
         return self.feed_forward(self.bidirectional(states, visible))
 
-    def encode_pair(self, states: Tensor, visible: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """The same in sight of images."""
+    def encode_pair(
+        self, states: Tensor, visible: Tensor, key: Tensor, value: Tensor, seen: Tensor | None
+    ) -> Tensor:
+        """The same in sight of images, whose positions are `seen`."""
         assert self.bidirectional is not None
-        return self.cross_and_feed(self.bidirectional(states, visible), key, value)
+        return self.cross_and_feed(self.bidirectional(states, visible), key, value, seen)
 
-    def decode(self, states: Tensor, visible: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def decode(
+        self, states: Tensor, visible: Tensor, key: Tensor, value: Tensor, seen: Tensor | None
+    ) -> Tensor:
         """The same by the decoder's self-attention."""
         assert self.causal is not None
-        return self.cross_and_feed(self.causal(states, visible), key, value)
+        return self.cross_and_feed(self.causal(states, visible), key, value, seen)
 
     def feed_forward(self, states: Tensor) -> Tensor:
         output: Tensor = self.down(F.gelu(self.up(states)), states)
         return output
 
-    def cross_and_feed(self, states: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def cross_and_feed(
+        self, states: Tensor, key: Tensor, value: Tensor, visible: Tensor | None
+    ) -> Tensor:
         assert self.cross is not None
-        return self.feed_forward(self.cross(states, key, value))
+        return self.feed_forward(self.cross(states, key, value, visible))
 
 
 class LmHead(nn.Module):
@@ -289,7 +256,7 @@ class Med(nn.Module):
     build_cross  what a layer looks at images with; NLVR2 looks at two
     """
 
-    def __init__(self, config: MedConfig, build_cross: CrossBuilder = _ONE_IMAGE) -> None:
+    def __init__(self, config: MedConfig, build_cross: CrossBuilder = one_image) -> None:
         super().__init__()
         self.config = config
         self.word_embedding = nn.Embedding(config.vocab_size, config.width)
@@ -329,7 +296,7 @@ class Med(nn.Module):
         visible = visible | torch.eye(length, dtype=torch.bool, device=token_ids.device)
         states = self._embed(token_ids, 0)
         for layer, key, value in self._layers_with(context):
-            states = layer.decode(states, visible, key, value)
+            states = layer.decode(states, visible, key, value, context.visible)
         return self._lm_logits(states)
 
     def decode_step(self, token_ids: Tensor, cache: DecoderCache, context: Context) -> Tensor:
@@ -354,7 +321,7 @@ class Med(nn.Module):
             query, new_key, new_value = layer.causal.project(states)
             keys, values = cache.append(index, new_key, new_value)
             states = layer.causal.attend(states, query, keys, values, visible)
-            states = layer.cross_and_feed(states, key, value)
+            states = layer.cross_and_feed(states, key, value, context.visible)
         return self._lm_logits(states[:, -1])
 
     def project_context(self, image_states: Tensor) -> Context:
@@ -373,7 +340,7 @@ class Med(nn.Module):
                 states = layer.encode(states, visible)
             else:
                 key, value = context.keys[index], context.values[index]
-                states = layer.encode_pair(states, visible, key, value)
+                states = layer.encode_pair(states, visible, key, value, context.visible)
         return states
 
     def _embed(self, token_ids: Tensor, start: int) -> Tensor:

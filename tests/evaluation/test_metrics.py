@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from openblip.evaluation.metrics import retrieval_recalls, roc_auc
+from openblip.evaluation.metrics import median_rank, retrieval_recalls, roc_auc
 
 
 def recalls_of_one_query(scores: list[float], matches: set[int]) -> dict[int, float]:
@@ -151,3 +151,14 @@ def test_roc_auc_counts_pairs():
 def test_roc_auc_refuses(scores, labels, message):
     with pytest.raises(ValueError, match=message):
         roc_auc(scores, labels)
+
+
+def test_the_median_rank_by_hand() -> None:
+    scores = torch.tensor([[3.0, 2.0, 1.0], [3.0, 2.0, 1.0], [1.0, 1.0, 1.0]])
+    is_match = torch.eye(3, dtype=torch.bool)
+    # Ranks 1, 2, and 2 on average among three equal scores.
+    assert median_rank(scores, is_match) == 2.0
+    assert median_rank(scores[:2], is_match[:2]) == 1.5
+    # With two matches among three equal ones, the first of them stands at 4 / 3 on average.
+    both = torch.tensor([[True, True, False]])
+    assert median_rank(scores[2:], both) == pytest.approx(4 / 3)

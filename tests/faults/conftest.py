@@ -1,9 +1,12 @@
 """A drawn world to train on, and a model to start from."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from openblip.data.sinks import ShardWriter
+from openblip.data.sources import list_shards, read_samples
 from openblip.data.world import WorldConfig, draw_world
 from tests.faults.trainings import COMMON, RECIPES, start
 
@@ -12,6 +15,10 @@ from tests.faults.trainings import COMMON, RECIPES, start
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("world")
     draw_world(WorldConfig(num_web=40, num_human=20, num_test=2, seed=1), folder)
+    with ShardWriter(folder / "asked.tar") as writer:
+        for sample in read_samples(*list_shards(folder / "web"), on_bad=lambda key, reason: None):
+            qa = [{"question": c.text, "answers": c.text.split()} for c in sample.captions]
+            writer.write(replace(sample, captions=(), meta={"qa": qa}))
     return folder
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.trainings import COMMON, RECIPES, check_equal, children_of, num_logged, start
+from tests.faults.trainings import RECIPES, check_equal, children_of, num_logged, recipe_of, start
 
 pytestmark = pytest.mark.slow
 
@@ -25,8 +25,7 @@ def test_a_killed_training_ends_as_one_that_was_not(
     command: str, signals: list[signal.Signals], world: Path, base: Path, tmp_path: Path
 ) -> None:
     recipe = tmp_path / "recipe.yaml"
-    text = f"data: [{world / 'web'}]\n" + COMMON + RECIPES[command].replace("{base}", str(base))
-    recipe.write_text(text)
+    recipe.write_text(recipe_of(command, world, base))
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert start(command, recipe, whole).wait() == 0
     rng = random.Random(f"{command} {signals}")
@@ -52,8 +51,7 @@ def test_two_ranks_that_are_killed_end_as_two_that_were_not(
 ) -> None:
     """Kill all processes, let SIGTERM stop them, and kill one alone, which torchrun restarts."""
     recipe = tmp_path / "recipe.yaml"
-    text = f"data: [{world / 'web'}]\n" + COMMON + RECIPES[command].replace("{base}", str(base))
-    text += extra.replace("{test}", str(world / "test"))
+    text = recipe_of(command, world, base) + extra.replace("{test}", str(world / "test"))
     recipe.write_text(text)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert start(command, recipe, whole, 2).wait() == 0

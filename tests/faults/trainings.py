@@ -17,7 +17,13 @@ RECIPES = {
     "pretrain": f"vocab_size: 120\nmodel: {MODEL}\nobjective: {{{QUEUE}}}\n",
     "finetune captioning": "init: {base}\n",
     "finetune retrieval": f"init: {{base}}\n{QUEUE}\n",
+    "finetune vqa": "init: {base}\n",
 }
+
+
+def recipe_of(command: str, world: Path, base: Path) -> str:
+    data = world / ("asked.tar" if command == "finetune vqa" else "web")
+    return f"data: [{data}]\n" + COMMON + RECIPES[command].replace("{base}", str(base))
 
 
 def start(

@@ -3,7 +3,7 @@
 import os
 import signal
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -12,11 +12,14 @@ from torch import Tensor
 
 from openblip.config import Recipe
 from openblip.data.position import Position
-from openblip.data.sources import kept_captions
+from openblip.data.sinks import ShardWriter
+from openblip.data.sources import kept_captions, list_shards, read_samples
 from openblip.data.world import WorldConfig, draw_world
 from openblip.finetune.captioning import CaptioningRecipe, finetune_captioning
 from openblip.finetune.retrieval import RetrievalRecipe, finetune_retrieval
+from openblip.finetune.vqa import VqaRecipe, finetune_vqa
 from openblip.models.blip import Blip
+from openblip.models.vqa import Vqa, vqa_from_blip
 from openblip.pretrain import ModelRecipe, ObjectiveRecipe, PretrainRecipe, pretrain
 from openblip.tokenizer import Tokenizer
 from openblip.training import loop, watch
@@ -42,7 +45,7 @@ class Task:
     """A training of any kind: from a folder of data and its files to a model."""
 
     recipe: PairRecipe
-    train: Callable[[PairRecipe, Path, Tokenizer, TrainingFiles], Blip]
+    train: Callable[[PairRecipe, Path, Tokenizer, TrainingFiles], Blip | Vqa]
 
 
 def run_pretrain(recipe, data, tokenizer, files):
@@ -60,6 +63,11 @@ def run_retrieval(recipe, data, tokenizer, files):
         recipe, start(tokenizer, "text", "pair"), [data / "human"], tokenizer, files=files,
         negatives=[data / "web"],
     )  # fmt: skip
+
+
+def run_vqa(recipe, data, tokenizer, files):
+    vqa = vqa_from_blip(start(tokenizer, "pair", "decode")).vqa
+    return finetune_vqa(recipe, vqa, [data / "asked.tar"], tokenizer, files=files)
 
 
 def start(tokenizer: Tokenizer, *roles: str) -> Blip:
@@ -82,6 +90,7 @@ TASKS = {
         ),
         run_retrieval,
     ),
+    "vqa": Task(VqaRecipe.model_validate(PAIRS), run_vqa),
 }  # fmt: skip
 
 
@@ -89,6 +98,11 @@ TASKS = {
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("world")
     draw_world(WorldConfig(num_web=24, num_human=9, num_test=2, seed=1), folder)
+    with ShardWriter(folder / "asked.tar") as writer:
+        for sample in read_samples(*list_shards(folder / "web"), on_bad=lambda key, reason: None):
+            texts = [caption.text for caption in sample.captions]
+            qa = [{"question": text, "answers": text.split()} for text in texts]
+            writer.write(replace(sample, captions=(), meta={"qa": qa * 2}))
     return folder
 
 

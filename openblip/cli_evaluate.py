@@ -1,0 +1,199 @@
+"""Commands that measure models on further tasks, and `classify`; `cli` takes them up."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from openblip.cli_options import AsJson, ModelArgument, ModelOption
+from openblip.cli_output import answer, say, table
+
+Templates = Annotated[
+    Path | None,
+    typer.Option(
+        help="Text file, a sentence with {} for the label in each line; by default five like "
+        "'a picture of a {}'."
+    ),
+]
+
+
+def classify(
+    paths: Annotated[
+        list[Path], typer.Argument(metavar="PATHS", help="Image files, and folders of them.")
+    ],
+    labels: Annotated[
+        str, typer.Option(help="Labels with commas between them, or a text file of one a line.")
+    ],
+    model: ModelOption,
+    templates: Templates = None,
+    num_shown: Annotated[int, typer.Option("--top", min=1, help="Labels that are shown.")] = 5,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images that are encoded together.")] = 16,
+    as_json: AsJson = False,
+) -> None:
+    """Say which of some labels fits an image best.
+
+    No training is needed: each label is put into sentences, which are compared with the image.
+    Prints path, label and its share among the labels for each image; the best label comes first.
+    A file that is no image is named on stderr with the reason.
+    """
+    from openblip.data.files import list_files, read_batches
+    from openblip.hub import load
+    from openblip.inference import classify as run
+    from openblip.inference import embed_labels
+
+    names = _lines(Path(labels)) if Path(labels).is_file() else labels.split(",")
+    names = [name.strip() for name in names if name.strip()]
+    images: list[dict[str, Any]] = []
+    failed: list[dict[str, str]] = []
+
+    def on_bad(path: Path, reason: str) -> None:
+        failed.append({"path": str(path), "reason": reason})
+        say(f"not classified: {path}: {reason}")
+
+    files = list_files(paths, on_bad=on_bad)
+    blip, tokenizer = load(model)
+    known = embed_labels(blip, tokenizer, names, _templates(templates))
+    size_px = blip.config.vision.image_size_px
+    for read, batch in read_batches(files, size_px, batch_size, on_bad=on_bad):
+        for path, guesses in zip(read, run(blip, batch, known), strict=True):
+            best = guesses[:num_shown]
+            images.append({"path": str(path), "labels": [asdict(guess) for guess in best]})
+            if not as_json:
+                for guess in best:
+                    print(f"{path}\t{guess.label}\t{guess.probability:.4f}", flush=True)
+    if as_json:
+        answer({"images": images, "failed": failed}, "", as_json=True)
+
+
+def evaluate_classification(
+    model: ModelArgument,
+    data: Annotated[
+        Path, typer.Argument(metavar="DATA", help="Folder that holds a folder of images per class.")
+    ],
+    names: Annotated[
+        Path | None,
+        typer.Option(
+            help="JSON object from a folder to the words for its class; by default the folder's "
+            "name, underscores taken for spaces."
+        ),
+    ] = None,
+    templates: Templates = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure classification without training.
+
+    The share of images whose class is the label that fits best, and among the best five.
+    """
+    from openblip.evaluation.zero_shot import class_folders
+    from openblip.evaluation.zero_shot import evaluate_classification as evaluate
+    from openblip.hub import load
+
+    class_folders(data)
+    words = None if names is None else _names(names)
+    texts = _templates(templates)
+    report = evaluate(*load(model), data, names=words, templates=texts)
+    rows = [["top-1 in %", f"{report.top_1:.2f}"], ["top-5 in %", f"{report.top_5:.2f}"]]
+    rows += [["images", str(report.num_images)], ["classes", str(report.num_classes)]]
+    rows += [[f"not used: {reason}", str(number)] for reason, number in report.unusable.items()]
+    answer(report.to_json(), table(rows), as_json=as_json)
+
+
+def evaluate_video(
+    model: ModelArgument,
+    data: Annotated[
+        Path,
+        typer.Argument(
+            metavar="DATA", help="Folder of videos: files, or a folder of frames for each."
+        ),
+    ],
+    texts: Annotated[
+        Path,
+        typer.Option(
+            help="Captions: JSONL of clip_name and caption, or MSRVTT's CSV or JSON file."
+        ),
+    ],
+    num_frames: Annotated[
+        int, typer.Option("--frames", min=1, help="Frames that are looked at of each video.")
+    ] = 8,
+    shortlist: Annotated[int, typer.Option(min=1, help="Candidates that ITM re-ranks.")] = 128,
+    as_json: AsJson = False,
+) -> None:
+    """Measure recalls of texts for videos and the reverse, with a model of images.
+
+    In percent; tr finds texts for a video, ir videos for a text.
+    """
+    from openblip.data.video import read_video_texts
+    from openblip.evaluation.video import evaluate_videos
+    from openblip.hub import load
+
+    captions = read_video_texts(texts)
+    report = evaluate_videos(
+        *load(model), captions, data, num_frames=num_frames, shortlist=shortlist
+    )
+    itc, reranked = report.itc.to_json(), report.reranked.to_json()
+    rows = [[name, f"{itc[name]:.2f}", f"{reranked[name]:.2f}"] for name in itc]
+    size = (
+        f"{report.num_videos} videos of {num_frames} frames, {report.num_texts} texts, shortlist "
+        f"{shortlist}, median rank of a text's video {report.median_rank:g}"
+    )
+    text = table([["recall in %", "itc", "reranked"], *rows])
+    answer(report.to_json(), f"{text}\n{size}", as_json=as_json)
+
+
+def evaluate_nlvr(
+    model: ModelArgument,
+    data: Annotated[
+        Path,
+        typer.Argument(
+            metavar="DATA", help="JSONL of sentences, each with two images, as NLVR2's files."
+        ),
+    ],
+    predictions: Annotated[
+        Path | None,
+        typer.Option(help="Also write identifier,True or identifier,False here for each sentence."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say of sentences whether they are true of two images, and measure that.
+
+    Consistency is the share of sentences that are judged right with all their images.
+    """
+    from openblip.evaluation.nlvr import evaluate_nlvr as evaluate
+    from openblip.evaluation.nlvr import predictions_csv, read_all_pairs
+    from openblip.hub import load_nlvr
+
+    pairs = read_all_pairs(data)
+    report = evaluate(*load_nlvr(model), pairs)
+    if predictions is not None:
+        predictions.parent.mkdir(parents=True, exist_ok=True)
+        predictions.write_text(predictions_csv(report.predictions), encoding="utf-8")
+    measured = {"accuracy in %": report.accuracy, "consistency in %": report.consistency}
+    rows = [[name, f"{value:.2f}"] for name, value in measured.items() if value is not None]
+    text = table([*rows, ["sentences", str(len(pairs))]])
+    answer(report.to_json(), text, as_json=as_json)
+
+
+def _templates(path: Path | None) -> Sequence[str]:
+    from openblip.inference import DEFAULT_TEMPLATES
+
+    return DEFAULT_TEMPLATES if path is None else [line for line in _lines(path) if line.strip()]
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text("utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text") from error
+
+
+def _names(path: Path) -> dict[str, str]:
+    try:
+        values = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from error
+    if not isinstance(values, dict) or not all(isinstance(v, str) for v in values.values()):
+        raise ValueError(f"{path} must hold an object from a folder to the words for its class")
+    return values

@@ -1,0 +1,195 @@
+"""Visual question answering: the LM of all answers, each by its weight (BLIP sec. 5.3)."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from pydantic import Field, model_validator
+
+from openblip.checkpoint import check_is_free, initialise_from, save_run
+from openblip.data.questions import VqaBatch, VqaStream, question_texts
+from openblip.data.sources import list_shards
+from openblip.hub import is_vqa, load, load_vqa
+from openblip.losses import text_losses, vqa_loss
+from openblip.models.vqa import Vqa, VqaConfig, vqa_from_blip
+from openblip.tokenizer import Tokenizer
+from openblip.training.loop import StepOutput, TrainingStep
+from openblip.training.new_model import ModelRecipe
+from openblip.training.optim import OptimizerRecipe
+from openblip.training.pairs import PairRecipe, Training, start_position, train_transform
+from openblip.training.state import TrainingFiles
+
+_log = logging.getLogger(__name__)
+
+
+class VqaRecipe(PairRecipe):
+    """One VQA run; the defaults are the released code's.
+
+    max_answer_tokens  where an answer is cut, with [DEC] and [SEP]; the original cuts none
+    """
+
+    optimizer: OptimizerRecipe = OptimizerRecipe(lr=2e-5, min_lr=0.0)
+    max_tokens: int = Field(35, ge=3)
+    max_words: int = Field(50, ge=1)
+    max_answer_tokens: int = Field(40, ge=3)
+    label_smoothing: float = Field(0.1, ge=0, lt=1)
+
+
+class VqaRun(VqaRecipe):
+    """The same with its data and the model that it starts from, as a recipe file describes it.
+
+    data           data sets of any kind that `data.sources` reads, with questions
+    init           checkpoint folder, transformers folder or name on the Hugging Face Hub, of a
+                   pre-trained model or one that answers questions already; or else
+    model          sizes of a new one, with a vocabulary learned from questions and answers, of
+    vocab_size     words
+    image_size_px  side of the images; another one than that of `init` resizes the positions
+    """
+
+    data: tuple[str, ...] = Field(min_length=1)
+    init: str | None = None
+    model: ModelRecipe | None = None
+    vocab_size: int = Field(30_524, ge=16)
+    image_size_px: int | None = Field(None, ge=1)
+
+    @model_validator(mode="after")
+    def _check_start(self) -> Self:
+        if (self.init is None) == (self.model is None):
+            raise ValueError("expected either init, a model to start from, or model, its sizes")
+        if self.model is not None and self.image_size_px is not None:
+            raise ValueError("the size of a new model's images is model.image_size_px")
+        return self
+
+
+class VqaStep(TrainingStep[VqaBatch]):
+    """LM of all answers of a batch, the image and its question encoded once."""
+
+    def __init__(self, vqa: Vqa, label_smoothing: float) -> None:
+        super().__init__()
+        self.vqa = vqa
+        self.label_smoothing = label_smoothing
+
+    def forward(self, batch: VqaBatch, step: int) -> StepOutput:
+        vqa = self.vqa
+        images = vqa.project_image(vqa.encode_image(batch.images))
+        states = vqa.encode_question(batch.question_ids, batch.question_mask, images)
+        context = vqa.project_question(states, batch.question_mask).select(batch.owners)
+        losses = text_losses(
+            vqa.decode(batch.answer_ids, batch.answer_mask, context),
+            batch.answer_ids,
+            batch.answer_mask,
+            label_smoothing=self.label_smoothing,
+        )
+        loss = vqa_loss(losses, batch.weights, batch.images.shape[0])
+        return StepOutput(loss, {"loss": loss.detach()})
+
+    def after_optimizer_step(self, output: StepOutput) -> None:
+        """Write nothing: VQA has neither twin nor queue."""
+
+
+@dataclass(frozen=True)
+class VqaTraining(Training[VqaBatch]):
+    """Training on questions.
+
+    data  data sets of any kind that `data.sources` reads; every question is an example
+    """
+
+    vqa: Vqa
+    data: Sequence[Path]
+    tokenizer: Tokenizer
+    max_answer_tokens: int
+
+    def new_stream(self) -> VqaStream:
+        recipe = self.recipe
+        return VqaStream(
+            self.data,
+            self.tokenizer,
+            train_transform(recipe, self.vqa.config.vision.image_size_px),
+            batch_size=recipe.batch_size,
+            max_tokens=recipe.max_tokens,
+            max_answer_tokens=self.max_answer_tokens,
+            max_words=recipe.max_words,
+            seed=recipe.seed,
+            num_workers=recipe.num_workers,
+            max_bad_fraction=recipe.max_bad_fraction,
+            position=start_position(),
+        )
+
+
+def vqa_training(
+    recipe: VqaRecipe, vqa: Vqa, data: Sequence[Path], tokenizer: Tokenizer
+) -> VqaTraining:
+    """Prepare the training of a model on the questions of `data`."""
+    torch.manual_seed(recipe.seed)
+    step = VqaStep(vqa, recipe.label_smoothing)
+    return VqaTraining(step, recipe, vqa, data, tokenizer, recipe.max_answer_tokens)
+
+
+def finetune_vqa(
+    recipe: VqaRecipe,
+    vqa: Vqa,
+    data: Sequence[Path],
+    tokenizer: Tokenizer,
+    *,
+    files: TrainingFiles,
+    title: str = "VQA",
+) -> Vqa:
+    """Train a model in place and return it."""
+    vqa_training(recipe, vqa, data, tokenizer).run(files, title)
+    return vqa
+
+
+def run_vqa(run: VqaRun, out: Path, *, is_dry: bool = False) -> dict[str, Any]:
+    """Train and save the checkpoint `out`, its losses beside it; return what came out.
+
+    A run that was stopped goes on.
+    is_dry  write nothing, and return what it would cost
+    Raises ValueError if `out` exists, and for data or a model that cannot be read or used.
+    """
+    check_is_free(out)
+    data = [Path(path) for path in run.data]
+    for path in data:
+        list_shards(path)
+    torch.manual_seed(run.seed)
+    vqa, tokenizer, notes = _start(run, data)
+    for note in notes:
+        _log.info("%s", note)
+    training = vqa_training(run, vqa, data, tokenizer)
+    if is_dry:
+        return training.dry_run().to_json()
+    training.run(TrainingFiles.beside(out), "VQA")
+    return save_run(out, vqa, tokenizer, run, "VQA fine-tuning", notes)
+
+
+def _start(run: VqaRun, data: Sequence[Path]) -> tuple[Vqa, Tokenizer, list[str]]:
+    """Return the model that training starts from, and what is to be known of it."""
+    if run.model is not None:
+        texts = question_texts(data, run.max_words)
+        tokenizer = Tokenizer.train(texts, vocab_size=run.vocab_size)
+        sizes = run.model.build_config(tokenizer)
+        config = VqaConfig.from_text(sizes.vision, sizes.text, sizes.tokens)
+        note = (
+            f"a vocabulary of {tokenizer.vocab_size} words was learned from questions and answers"
+        )
+        return Vqa(config), tokenizer, ["it starts from nothing", note]
+    assert run.init is not None
+    if is_vqa(run.init):
+        vqa, tokenizer = load_vqa(run.init)
+        size_px = vqa.config.vision.image_size_px
+        if run.image_size_px not in {None, size_px}:
+            raise ValueError(
+                f"image_size_px {run.image_size_px}: {run.init} answers questions already, about "
+                f"images of {size_px} px"
+            )
+        return vqa, tokenizer, [f"it starts from {run.init}"]
+    blip, tokenizer = load(run.init)
+    part = initialise_from(blip, frozenset({"pair", "decode"}), run.image_size_px)
+    start = vqa_from_blip(part.blip)
+    notes = [f"it starts from {run.init}", *part.notes()]
+    for what, names in (("left out of its parts", start.left_out), ("drawn anew", start.drawn)):
+        if names:
+            notes.append(f"tensors {what} ({len(names)}): {', '.join(names)}")
+    return start.vqa, tokenizer, notes
