@@ -7,6 +7,7 @@ import pytest
 from openblip.capfilt.bootstrap import BootstrapRecipe
 from openblip.config import Recipe, dump_recipe, load_recipe
 from openblip.finetune.captioning import CaptioningRun
+from openblip.finetune.reconstruction import ReconstructionRun
 from openblip.finetune.retrieval import RetrievalRun
 from openblip.pretrain import PretrainRecipe, PretrainRun
 
@@ -14,6 +15,7 @@ RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 # The longest beginning of a name that fits decides; the others are whole loops.
 CLASSES: dict[str, type[Recipe]] = {
     "pretrain": PretrainRun,
+    "world_reconstruction": ReconstructionRun,
     "world": PretrainRun,
     "finetune_captioning": CaptioningRun,
     "finetune_retrieval": RetrievalRun,
@@ -28,7 +30,10 @@ def class_of(path: Path) -> type[Recipe]:
 
 
 def test_there_are_recipes() -> None:
-    assert {path.stem for path in FILES} >= set(CLASSES) - {"world"} | {"world_cpu"}
+    assert {path.stem for path in FILES} >= set(CLASSES) - {"world", "world_reconstruction"} | {
+        "world_cpu",
+        "world_reconstruction_cpu",
+    }
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)

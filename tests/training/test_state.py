@@ -15,6 +15,7 @@ from openblip.data.position import Position
 from openblip.data.sources import kept_captions
 from openblip.data.world import WorldConfig, draw_world
 from openblip.finetune.captioning import CaptioningRecipe, finetune_captioning
+from openblip.finetune.reconstruction import ReconstructionRecipe, reconstruction_training
 from openblip.finetune.retrieval import RetrievalRecipe, finetune_retrieval
 from openblip.models.blip import Blip
 from openblip.pretrain import ModelRecipe, ObjectiveRecipe, PretrainRecipe, pretrain
@@ -62,6 +63,13 @@ def run_retrieval(recipe, data, tokenizer, files):
     )  # fmt: skip
 
 
+def run_reconstruction(recipe, data, tokenizer, files):
+    blip = start(tokenizer, "text", "pair")
+    training = reconstruction_training(recipe, blip, [data / "human"], tokenizer)
+    training.run(files, "reconstruction")
+    return training.blip
+
+
 def start(tokenizer: Tokenizer, *roles: str) -> Blip:
     torch.manual_seed(5)
     return Blip(MODEL.build_config(tokenizer).with_roles(frozenset(roles)))
@@ -75,6 +83,15 @@ TASKS = {
         ),
         run_pretrain,
     ),
+    "pretraining with reconstruction": Task(
+        PretrainRecipe.model_validate(
+            {**PAIRS, "model": MODEL,
+             "objective": ObjectiveRecipe(
+                 reconstruction_weight=1.0, alignment=AlignmentConfig(**ALIGNMENT))}
+        ),
+        run_pretrain,
+    ),
+    "reconstruction": Task(ReconstructionRecipe.model_validate(PAIRS), run_reconstruction),
     "captioning": Task(CaptioningRecipe.model_validate(PAIRS), run_captioning),
     "retrieval": Task(
         RetrievalRecipe.model_validate(
