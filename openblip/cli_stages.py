@@ -154,6 +154,24 @@ def finetune_retrieval(
     _train(lambda: run_retrieval(run, out, is_dry=is_dry), is_dry=is_dry, as_json=as_json)
 
 
+@finetune_app.command("reconstruction")
+def finetune_reconstruction(
+    recipe: Recipe,
+    out: NewFolder,
+    overrides: Overrides = None,
+    is_dry: IsDry = False,
+    as_json: AsJson = False,
+) -> None:
+    """Give a model a head that refines images by a text; all else of it stays.
+
+    `openblip refine` uses it. See recipes/world_reconstruction_cpu.yaml.
+    """
+    from openblip.finetune.reconstruction import ReconstructionRun, run_reconstruction
+
+    run = load_recipe(ReconstructionRun, recipe, overrides or ())
+    _train(lambda: run_reconstruction(run, out, is_dry=is_dry), is_dry=is_dry, as_json=as_json)
+
+
 @finetune_app.command("vqa")
 def finetune_vqa(
     recipe: Recipe,

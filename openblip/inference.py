@@ -182,6 +182,23 @@ def embed_images(blip: Blip, images: Iterable[Tensor], *, batch_size: int = 32) 
 
 
 @torch.no_grad()
+def refine_images(blip: Blip, tokenizer: Tokenizer, images: Tensor, texts: Sequence[str]) -> Tensor:
+    """Move the embeddings of a batch of images by a text each -> image_embedding (B, E), unit norm.
+
+    images  (B, 3, S, S)
+    texts   what is true of the image that is sought, as "the same, but the circle is blue"
+    Raises ValueError if the numbers differ, and if the model has no reconstruction head.
+    """
+    if len(texts) != images.shape[0]:
+        raise ValueError(f"{len(texts)} texts for {images.shape[0]} images")
+    tokens = tokenize(tokenizer, texts)
+    device = blip.device
+    return blip.refine_image(
+        images.to(device), tokens.token_ids.to(device), tokens.text_mask.to(device)
+    ).cpu()
+
+
+@torch.no_grad()
 def embed_texts(blip: Blip, tokens: TokenBatch, *, batch_size: int = 256) -> Tensor:
     """Embed tokenised texts -> (number, E), unit norm."""
     embeddings = [torch.zeros(0, blip.config.embedding_width)]

@@ -1,7 +1,7 @@
 """BLIP's objectives as pure functions: tensors in, scalar out (BLIP sec. 3.2).
 
-Letters: B pairs of the batch, Q queued features, R rows, L tokens, V vocabulary. All losses are in
-nats.
+Letters: B pairs of the batch, Q queued features, R rows, L tokens, V vocabulary, P places of an
+image ([CLS] and patches), D image width. All losses but reconstruction are in nats.
 """
 
 import torch
@@ -110,3 +110,30 @@ def vqa_loss(losses: Tensor, weights: Tensor, num_questions: int) -> Tensor:
     Source: BLIP sec. 5.3; the released code's answers weigh their share of the annotators.
     """
     return (losses * weights).sum() / num_questions
+
+
+def reconstruction_errors(predicted: Tensor, image_states: Tensor, hidden: Tensor) -> Tensor:
+    """Measure how far predicted states are from those of an image, at the places that were hidden.
+
+    predicted     (B, P, D) normalised, [CLS] first
+    image_states  (B, P, D) to predict; each place is normalised here to mean 0 and variance 1
+    hidden        (B, P) bool; every row has [CLS] and one patch at least
+    Returns       (B,) smooth L1, mean over channels; [CLS], of which the image's embedding is made,
+                  counts as much as all hidden patches together
+    Raises ValueError if the shapes differ.
+    """
+    if predicted.shape != image_states.shape or hidden.shape != predicted.shape[:2]:
+        raise ValueError(
+            f"predicted {tuple(predicted.shape)}, image_states {tuple(image_states.shape)} and "
+            f"hidden {tuple(hidden.shape)} differ"
+        )
+    targets = F.layer_norm(image_states, image_states.shape[-1:])
+    errors = F.smooth_l1_loss(predicted, targets, reduction="none").mean(dim=2)
+    patches = hidden[:, 1:]
+    of_patches = (errors[:, 1:] * patches).sum(dim=1) / patches.sum(dim=1)
+    return (errors[:, 0] + of_patches) / 2
+
+
+def reconstruction_loss(predicted: Tensor, image_states: Tensor, hidden: Tensor) -> Tensor:
+    """Mean of `reconstruction_errors` over the images."""
+    return reconstruction_errors(predicted, image_states, hidden).mean()

@@ -1,11 +1,16 @@
-"""Pre-training: ITC, ITM and LM together on image-text pairs (BLIP sec. 3.2)."""
+"""Pre-training: ITC, ITM and LM together on image-text pairs (BLIP sec. 3.2).
+
+Text-guided reconstruction joins them where its weight is not 0.
+"""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import Field
+from torch import Tensor
 
 from openblip.checkpoint import check_is_free, load_tokenizer, save_run
 from openblip.config import Recipe
@@ -14,10 +19,11 @@ from openblip.data.samples import Sample
 from openblip.data.sources import kept_captions, list_shards
 from openblip.evaluation.captioning import evaluate_captioning
 from openblip.evaluation.retrieval import evaluate_itc
-from openblip.losses import lm_loss
+from openblip.losses import lm_loss, reconstruction_loss
 from openblip.models.blip import Blip
+from openblip.models.reconstruction import ReconstructionConfig, draw_visible, is_hidden
 from openblip.tokenizer import Tokenizer
-from openblip.training.alignment import Alignment, AlignmentConfig
+from openblip.training.alignment import Alignment, AlignmentConfig, AlignmentOutput
 from openblip.training.best import EvaluatingRecipe, Scores
 from openblip.training.distributed import world
 from openblip.training.loop import StepOutput, TrainingStep
@@ -28,15 +34,21 @@ from openblip.training.state import TrainingFiles
 
 
 class ObjectiveRecipe(Recipe):
-    """Weights of the losses, and the momentum twin's share of the ITC targets."""
+    """Weights of the losses, and the momentum twin's share of the ITC targets.
+
+    reconstruction_weight  0, as in the paper, makes a model without a reconstruction head
+    reconstruction         of the head
+    """
 
     itc_weight: float = Field(1.0, ge=0)
     itm_weight: float = Field(1.0, ge=0)
     lm_weight: float = Field(1.0, ge=0)
+    reconstruction_weight: float = Field(0.0, ge=0)
     label_smoothing: float = Field(0.1, ge=0, lt=1)
     soft_target_weight: float = Field(0.4, ge=0, le=1)
     soft_target_ramp_steps: int = Field(0, ge=0)
     alignment: AlignmentConfig = AlignmentConfig()
+    reconstruction: ReconstructionConfig = ReconstructionConfig()
 
     def soft_target_weight_at(self, step: int) -> float:
         """Return the weight at a step: from 0 in a straight line over the ramp."""
@@ -72,7 +84,7 @@ class PretrainRun(PretrainRecipe):
 
 
 class PretrainStep(TrainingStep[ImageTextBatch]):
-    """ITC + ITM + LM of a batch, the image encoded once."""
+    """ITC + ITM + LM of a batch, the whole image encoded once; reconstruction where it weighs."""
 
     def __init__(self, blip: Blip, objective: ObjectiveRecipe) -> None:
         super().__init__()
@@ -104,9 +116,25 @@ class PretrainStep(TrainingStep[ImageTextBatch]):
             + objective.itm_weight * aligned.itm
             + objective.lm_weight * lm
         )
-        measures = {"loss": total, "itc": aligned.itc, "itm": aligned.itm, "lm": lm}
+        measures = {"itc": aligned.itc, "itm": aligned.itm, "lm": lm}
+        if objective.reconstruction_weight:
+            reconstruction = self._reconstruction(batch, aligned)
+            total = total + objective.reconstruction_weight * reconstruction
+            measures["reconstruction"] = reconstruction
+        measures = {"loss": total} | measures
         detached = {name: value.detach() for name, value in measures.items()}
         return StepOutput(total, detached, (aligned.entries,))
+
+    def _reconstruction(self, batch: ImageTextBatch, aligned: AlignmentOutput) -> Tensor:
+        num_images, device = batch.images.shape[0], batch.images.device
+        num_patches = self.blip.config.vision.num_patches
+        num_visible = self.objective.reconstruction.num_visible(num_patches)
+        visible = draw_visible(num_images, num_patches, num_visible, device)
+        predicted = self.blip.reconstruct(
+            batch.images, visible, aligned.text_states, batch.text_mask
+        )
+        hidden = is_hidden(visible, num_patches)
+        return reconstruction_loss(predicted, aligned.momentum_image_states, hidden)
 
     def after_optimizer_step(self, output: StepOutput) -> None:
         self.alignment.after_optimizer_step(self.blip, list(output.entries))
@@ -115,7 +143,10 @@ class PretrainStep(TrainingStep[ImageTextBatch]):
 def pretraining(recipe: PretrainRecipe, data: Sequence[Path], tokenizer: Tokenizer) -> PairTraining:
     """Prepare the training of a new model on the kept captions of `data`."""
     torch.manual_seed(recipe.seed)
-    blip = Blip(recipe.model.build_config(tokenizer))
+    config = recipe.model.build_config(tokenizer)
+    if recipe.objective.reconstruction_weight:
+        config = replace(config, reconstruction=recipe.objective.reconstruction)
+    blip = Blip(config)
     step = PretrainStep(blip, recipe.objective)
     return PairTraining(step, recipe, blip, data, tokenizer, measure=_measure)
 

@@ -6,7 +6,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from openblip.losses import itc_loss, itm_loss, lm_loss, sample_hard_negatives, soft_targets
+from openblip.losses import (
+    itc_loss,
+    itm_loss,
+    lm_loss,
+    reconstruction_errors,
+    reconstruction_loss,
+    sample_hard_negatives,
+    soft_targets,
+)
 
 ONE = torch.tensor(1.0)
 
@@ -114,3 +122,33 @@ def test_losses_are_differentiable() -> None:
     assert similarity.grad is not None
     assert temperature.grad is not None
     assert similarity.grad.sum(dim=1).abs().max() < 1e-5
+
+
+def test_reconstruction_by_hand() -> None:
+    image_states = torch.tensor([[[3.0, 5.0], [0.0, 2.0], [7.0, 9.0]]])
+    normalised = torch.tensor([[[-1.0, 1.0]] * 3])
+    hidden = torch.tensor([[True, True, False]])
+    assert reconstruction_loss(normalised, image_states, hidden).item() == pytest.approx(
+        0, abs=1e-5
+    )
+    # Smooth L1 of 0.5 is 0.125, of 2 it is 1.5; what is visible does not count.
+    predicted = normalised + torch.tensor([[[0.5, -0.5], [2.0, 2.0], [9.0, 9.0]]])
+    loss = reconstruction_loss(predicted, image_states, hidden)
+    assert loss.item() == pytest.approx((0.125 + 1.5) / 2, rel=1e-4)
+
+
+def test_reconstruction_weighs_cls_as_all_hidden_patches() -> None:
+    image_states, predicted = random(2, 5, 8), random(2, 5, 8, seed=1)
+    only = torch.tensor([[True, True, False, False, False], [True, False, True, True, False]])
+    errors = reconstruction_errors(predicted, image_states, only)
+    assert errors.shape == (2,)
+    targets = torch.nn.functional.layer_norm(image_states, (8,))
+    each = torch.nn.functional.smooth_l1_loss(predicted, targets, reduction="none").mean(dim=2)
+    assert_close(errors[0], (each[0, 0] + each[0, 1]) / 2)
+    assert_close(errors[1], each[1, 0] / 2 + (each[1, 2] + each[1, 3]) / 4)
+    assert_close(reconstruction_loss(predicted, image_states, only), errors.mean())
+
+
+def test_reconstruction_refuses_other_shapes() -> None:
+    with pytest.raises(ValueError, match=r"hidden \(2, 4\) differ"):
+        reconstruction_loss(random(2, 5, 8), random(2, 5, 8), torch.ones(2, 4, dtype=torch.bool))

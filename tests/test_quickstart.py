@@ -1,5 +1,7 @@
 """The loop learns what it claims to, and only from captions that tell something."""
 
+import json
+import runpy
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +16,8 @@ from openblip.pretrain import pretrain
 from openblip.quickstart import quickstart, quickstart_recipe
 from openblip.tokenizer import Tokenizer
 from openblip.training.state import TrainingFiles
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 
 
 def samples(folder: Path) -> list:
@@ -42,16 +46,36 @@ def test_a_world_that_was_half_drawn_is_drawn_anew(
     assert not (tmp_path / "world.unfinished").exists()
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a quickstart that was run."""
+    folder = tmp_path_factory.mktemp("quickstart")
+    quickstart(folder, seed=42)
+    return folder
+
+
 @pytest.mark.slow
-def test_the_loop_cleans_the_web_and_gets_better_for_it(tmp_path: Path) -> None:
-    results = quickstart(tmp_path, seed=42)
+def test_the_loop_cleans_the_web_and_gets_better_for_it(finished: Path) -> None:
+    results = json.loads((finished / "results.json").read_text())
     for score in ("tr_at_1", "ir_at_1", "cider"):
         assert results["after"][score] > results["before"][score]
     assert results["filter"]["roc_auc"] >= 0.95
     keep_rate = results["filter"]["keep_rate"]
     assert keep_rate.pop("none") > 0.5
     assert max(keep_rate.values()) < 0.2
-    assert (tmp_path / "report.html").is_file()
+    assert (finished / "report.html").is_file()
+
+
+@pytest.mark.slow
+def test_reconstruction_uses_the_text_and_refined_embeddings_find_the_picture(
+    finished: Path, tmp_path: Path
+) -> None:
+    benchmark = runpy.run_path(str(BENCHMARKS / "reconstruction.py"))
+    errors, composed = benchmark["main"](finished, tmp_path, 42)
+    assert errors.right < errors.shuffled
+    assert errors.p_value < 0.01
+    assert composed.num_queries > 100
+    assert composed.refined >= 3 * max(composed.image_only, composed.text_only)
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ import pytest
 from openblip.capfilt.bootstrap import BootstrapRecipe
 from openblip.config import Recipe, dump_recipe, load_recipe
 from openblip.finetune.captioning import CaptioningRun
+from openblip.finetune.reconstruction import ReconstructionRun
 from openblip.finetune.retrieval import RetrievalRun
 from openblip.finetune.vqa import VqaRun
 from openblip.pretrain import PretrainRecipe, PretrainRun
@@ -16,6 +17,7 @@ RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 # The longest beginning of a name that fits decides; the others are whole loops.
 CLASSES: dict[str, type[Recipe]] = {
     "pretrain": PretrainRun,
+    "world_reconstruction": ReconstructionRun,
     "world": PretrainRun,
     "finetune_captioning": CaptioningRun,
     "finetune_retrieval": RetrievalRun,

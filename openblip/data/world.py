@@ -60,7 +60,7 @@ class Scene:
         )
 
 
-_CHOICES: dict[str, Sequence[str]] = {
+CHOICES: dict[str, Sequence[str]] = {
     "first_color": tuple(COLORS),
     "first_shape": SHAPES,
     "first_size": SIZES,
@@ -96,12 +96,8 @@ class WorldConfig:
 def draw_world(config: WorldConfig, folder: Path) -> None:
     """Write `folder`/web, /human and /test as tar shards."""
     rng = np.random.default_rng(config.seed)
-    test_scenes = list(dict.fromkeys(_draw_scene(rng) for _ in range(4 * config.num_test)))
-    test_scenes = test_scenes[: config.num_test]
-    held_out = set(test_scenes)
-    web_scenes = _scenes_without(held_out, config.num_web, rng)
-    human_scenes = _scenes_without(held_out, config.num_human, rng)
-    _write(folder / "web", _web_samples(web_scenes, config, rng))
+    web_scenes, human_scenes, test_scenes = _draw_scenes(config, rng)
+    write_samples(folder / "web", _web_samples(web_scenes, config, rng))
     for name, scenes in (("human", human_scenes), ("test", test_scenes)):
         samples = []
         for index, scene in enumerate(scenes):
@@ -112,7 +108,13 @@ def draw_world(config: WorldConfig, folder: Path) -> None:
             captions = tuple(Caption(text, "human") for text in texts)
             image = draw_scene(scene, config.image_size_px, rng)
             samples.append(Sample(f"{name}_{index:06d}", image, captions))
-        _write(folder / name, samples)
+        write_samples(folder / name, samples)
+
+
+def trained_scenes(config: WorldConfig) -> set[Scene]:
+    """Return what `draw_world` draws for web and human: what a model trained on them has seen."""
+    web, human, _ = _draw_scenes(config, np.random.default_rng(config.seed))
+    return {*web, *human}
 
 
 def draw_scene(scene: Scene, size_px: int, rng: np.random.Generator) -> bytes:
@@ -162,18 +164,30 @@ def _name_objects(scene: Scene, rng: np.random.Generator) -> list[str]:
     ]
 
 
-def _draw_scene(rng: np.random.Generator) -> Scene:
+def random_scene(rng: np.random.Generator) -> Scene:
+    """Draw any scene."""
     while True:
-        scene = Scene(**{name: str(rng.choice(values)) for name, values in _CHOICES.items()})
+        scene = Scene(**{name: str(rng.choice(values)) for name, values in CHOICES.items()})
         # Two objects alike would make "left of" and "right of" both true.
         if scene.objects[0] != scene.objects[1]:
             return scene
 
 
+def _draw_scenes(
+    config: WorldConfig, rng: np.random.Generator
+) -> tuple[list[Scene], list[Scene], list[Scene]]:
+    """Draw the scenes of web, human and test."""
+    test = list(dict.fromkeys(random_scene(rng) for _ in range(4 * config.num_test)))
+    test = test[: config.num_test]
+    held_out = set(test)
+    web = _scenes_without(held_out, config.num_web, rng)
+    return web, _scenes_without(held_out, config.num_human, rng), test
+
+
 def _scenes_without(held_out: set[Scene], num: int, rng: np.random.Generator) -> list[Scene]:
     scenes: list[Scene] = []
     while len(scenes) < num:
-        scene = _draw_scene(rng)
+        scene = random_scene(rng)
         if scene not in held_out:
             scenes.append(scene)
     return scenes
@@ -221,7 +235,7 @@ def _spoil(
             told = ("first_color", "first_shape", "second_color", "second_shape")
             while True:
                 name = told[int(rng.integers(len(told)))]
-                value = str(rng.choice([v for v in _CHOICES[name] if v != getattr(scene, name)]))
+                value = str(rng.choice([v for v in CHOICES[name] if v != getattr(scene, name)]))
                 wrong = replace(scene, **{name: value})
                 # No scene has two objects alike.
                 if wrong.objects[0] != wrong.objects[1]:
@@ -269,7 +283,7 @@ def _draw_shape(
             raise AssertionError(shape)
 
 
-def _write(folder: Path, samples: Sequence[Sample]) -> None:
+def write_samples(folder: Path, samples: Sequence[Sample]) -> None:
     for start in range(0, len(samples), _SAMPLES_PER_SHARD):
         with ShardWriter(folder / f"{start // _SAMPLES_PER_SHARD:05d}.tar") as writer:
             for sample in samples[start : start + _SAMPLES_PER_SHARD]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from openblip.models.context import Context, DecoderCache
+from openblip.models.reconstruction import ReconstructionConfig, ReconstructionHead, ways_to_see
 from openblip.models.text import Med, MedConfig, Role, SpecialTokens
 from openblip.models.vision import VisionConfig, VisionTransformer
 
@@ -28,6 +29,7 @@ class BlipConfig:
 
     embedding_width  E, of the space in which images and texts are compared
     tokens           ids of the special tokens
+    reconstruction   of the head that predicts hidden patches from a text; None where there is none
     Raises ValueError if the text model does not expect the image encoder's width.
     """
 
@@ -35,6 +37,7 @@ class BlipConfig:
     text: MedConfig
     tokens: SpecialTokens
     embedding_width: int = 256
+    reconstruction: ReconstructionConfig | None = None
 
     def __post_init__(self) -> None:
         if self.text.context_width != self.vision.width:
@@ -44,24 +47,31 @@ class BlipConfig:
             )
 
     def with_roles(self, roles: frozenset[Role]) -> "BlipConfig":
-        """Return the same sizes with other roles."""
-        return replace(self, text=replace(self.text, roles=roles))
+        """Return the same sizes with other roles, and without a reconstruction head."""
+        return replace(self, text=replace(self.text, roles=roles), reconstruction=None)
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values, as `config.json` holds them."""
         values = asdict(self)
         values["text"]["roles"] = sorted(self.text.roles)
+        if self.reconstruction is None:
+            del values["reconstruction"]
         return values
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "BlipConfig":
         """Rebuild from `to_json`. Raises ValueError naming keys that are missing or unknown."""
+        values = {"reconstruction": None, **values}
         check_keys("config", values, cls)
+        head = values["reconstruction"]
         return cls(
             vision=part_from_json("vision", values["vision"], VisionConfig),
             text=part_from_json("text", values["text"], MedConfig),
             tokens=part_from_json("tokens", values["tokens"], SpecialTokens),
             embedding_width=values["embedding_width"],
+            reconstruction=None
+            if head is None
+            else part_from_json("reconstruction", head, ReconstructionConfig),
         )
 
 
@@ -100,6 +110,10 @@ class Blip(nn.Module):
             self.temperature = nn.Parameter(torch.tensor(INITIAL_TEMPERATURE))
         if "pair" in roles:
             self.match_head = nn.Linear(config.text.width, 2)
+        if config.reconstruction is not None:
+            self.reconstruction_head = ReconstructionHead(
+                config.reconstruction, config.vision, config.text.width
+            )
 
     @property
     def device(self) -> torch.device:
@@ -148,6 +162,50 @@ class Blip(nn.Module):
         token_ids = with_first(token_ids, self.config.tokens.dec)
         return self.text.decode(token_ids, text_mask, context)
 
+    def reconstruct(
+        self, images: Tensor, visible: Tensor, text_states: Tensor, text_mask: Tensor
+    ) -> Tensor:
+        """Predict the normalised states of whole images from some patches and a text.
+
+        images                  (B, 3, S, S)
+        visible                 (B, K) numbers of the patches that may be seen
+        text_states, text_mask  (B, L, width) of `encode_text`, (B, L)
+        Returns                 (B, 1 + N, width), [CLS] first
+        """
+        self._require_reconstruction()
+        visible_states = self.vision.encode_visible(images, visible)
+        predicted: Tensor = self.reconstruction_head(
+            visible_states, visible, text_states, text_mask
+        )
+        return predicted
+
+    def refine_image(self, images: Tensor, token_ids: Tensor, text_mask: Tensor) -> Tensor:
+        """Move each image's embedding by a text -> image_embedding (B, E), unit norm.
+
+        images                  (B, 3, S, S)
+        token_ids, text_mask    (B, L) what is true of the image that is sought
+        Patches are hidden in one way after another and the [CLS] state predicted from the others
+        and the text. Of the embeddings the one is taken whose cosines with image and text have the
+        largest sum: it agrees with the text, and has changed least.
+        Raises ValueError if the model has no reconstruction head.
+        """
+        num_patches = self.config.vision.num_patches
+        num_visible = self._require_reconstruction().num_visible(num_patches)
+        class_states = self.encode_image(images)[:, :1]
+        text_states = self.encode_text(token_ids, text_mask)
+        # What normalising took away is taken from the image as it is.
+        mean = class_states.mean(dim=2, keepdim=True)
+        deviation = class_states.std(dim=2, keepdim=True, correction=0)
+        candidates = []
+        for visible in ways_to_see(num_patches, num_visible).to(images.device):
+            rows = visible.expand(images.shape[0], -1)
+            predicted = self.reconstruct(images, rows, text_states, text_mask)[:, :1]
+            candidates.append(self.embed_image(mean + deviation * predicted))
+        refined = torch.stack(candidates, dim=1)
+        wanted = self.embed_image(class_states) + self.embed_text(text_states)
+        best = (refined @ wanted[:, :, None]).argmax(dim=1, keepdim=True)
+        return refined.take_along_dim(best, dim=1).squeeze(1)
+
     def new_decoder_cache(self) -> DecoderCache:
         """Return the empty cache with which decoding starts."""
         return DecoderCache()
@@ -163,6 +221,14 @@ class Blip(nn.Module):
     def clamp_temperature(self) -> None:
         """Keep the temperature in [0.001, 0.5], as ALBEF and BLIP do."""
         self.temperature.clamp_(MIN_TEMPERATURE, MAX_TEMPERATURE)
+
+    def _require_reconstruction(self) -> ReconstructionConfig:
+        if self.config.reconstruction is None:
+            raise ValueError(
+                "this model has no reconstruction head: `openblip finetune reconstruction` gives "
+                "it one, and so does pre-training with objective.reconstruction_weight above 0"
+            )
+        return self.config.reconstruction
 
     def _require(self, role: Role) -> None:
         if role not in self.config.text.roles:

@@ -118,6 +118,20 @@ class VisionTransformer(nn.Module):
         Returns    (B, 1 + N, D)
         Raises ValueError if the side is not the configured one.
         """
+        return self._encode(self._embed(images))
+
+    def encode_visible(self, images: Tensor, visible: Tensor) -> Tensor:
+        """Encode some patches of each image as if it had no others.
+
+        images     (B, 3, S, S)
+        visible    (B, K) numbers of the patches
+        Returns    (B, 1 + K, D)
+        """
+        states = self._embed(images)
+        places = F.pad(visible + 1, (1, 0))[..., None].expand(-1, -1, states.shape[2])
+        return self._encode(states.gather(1, places))
+
+    def _embed(self, images: Tensor) -> Tensor:
         config = self.config
         batch, _, height, width = images.shape
         size, patch = config.image_size_px, config.patch_size_px
@@ -128,7 +142,9 @@ class VisionTransformer(nn.Module):
         patches = patches.reshape(batch, grid * grid, 3 * patch * patch)
         states = F.linear(patches, self.patch_weight.flatten(1), self.patch_bias)
         states = torch.cat([self.class_token.expand(batch, -1, -1), states], dim=1)
-        states = states + self.position_embedding
+        return states + self.position_embedding
+
+    def _encode(self, states: Tensor) -> Tensor:
         for layer in self.layers:
             states = layer(states)
         normed: Tensor = self.norm(states)

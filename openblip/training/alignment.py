@@ -54,6 +54,8 @@ class AlignmentOutput:
     match_logits          (P, 2) of all judged pairs, true pairs first
     num_without_negative  rows left out of ITM because every candidate is a positive
     entries               what `after_optimizer_step` puts into the queue
+    text_states           (B, L, T) of the text encoder
+    momentum_image_states (B, 1+N, D) of the twin, which take no gradient
     """
 
     itc: Tensor
@@ -61,6 +63,8 @@ class AlignmentOutput:
     match_logits: Tensor
     num_without_negative: int
     entries: QueueEntries
+    text_states: Tensor
+    momentum_image_states: Tensor
 
 
 @dataclass(frozen=True)
@@ -157,10 +161,12 @@ class Alignment(nn.Module):
         wrong_texts           takes the place of what is drawn for the images that it names
         """
         image_embedding = blip.embed_image(image_states)
-        text_embedding = blip.embed_text(blip.encode_text(token_ids, text_mask))
+        text_states = blip.encode_text(token_ids, text_mask)
+        text_embedding = blip.embed_text(text_states)
         cls_first = token_ids.clone()
         cls_first[:, 0] = blip.config.tokens.cls
-        momentum_image, momentum_text = self.twin.embed(images, cls_first, text_mask)
+        momentum_states = self.twin.encode_image(images)
+        momentum_image, momentum_text = self.twin.embed(momentum_states, cls_first, text_mask)
 
         all_images = torch.cat([momentum_image, self.queue.image_embedding])
         all_texts = torch.cat([momentum_text, self.queue.text_embedding])
@@ -213,6 +219,8 @@ class Alignment(nn.Module):
             match_logits=match_logits,
             num_without_negative=num_left_out,
             entries=QueueEntries(momentum_image, momentum_text, image_ids, text_ids),
+            text_states=text_states,
+            momentum_image_states=momentum_states,
         )
 
     def _mining_weights(self, similarity: Tensor, same: Tensor, temperature: Tensor) -> Tensor:

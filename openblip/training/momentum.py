@@ -38,9 +38,16 @@ class MomentumTwin(nn.Module):
         self.load_state_dict({name: online[name] for name, _ in self.named_parameters()})
 
     @torch.no_grad()
-    def embed(self, images: Tensor, token_ids: Tensor, text_mask: Tensor) -> tuple[Tensor, Tensor]:
+    def encode_image(self, images: Tensor) -> Tensor:
+        """Return image_states (B, 1+N, D) of images (B, 3, S, S)."""
+        states: Tensor = self.vision(images)
+        return states
+
+    @torch.no_grad()
+    def embed(
+        self, image_states: Tensor, token_ids: Tensor, text_mask: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Return image and text embeddings, each (B, E), unit norm."""
-        image_states = self.vision(images)
         text_states = self.text.encode_text(token_ids, text_mask)
         return (
             F.normalize(self.image_projection(image_states[:, 0]), dim=-1),

@@ -13,10 +13,10 @@ from openblip import __version__
 
 COMMANDS = [
     "", "quickstart", "draw", "bootstrap", "pretrain", "finetune", "finetune captioning",
-    "finetune retrieval", "finetune vqa", "finetune nlvr", "capfilt", "capfilt run",
-    "capfilt rethreshold", "capfilt report", "evaluate", "evaluate retrieval",
-    "evaluate captioning", "evaluate classification", "evaluate video", "evaluate vqa",
-    "evaluate nlvr", "caption", "match", "ask", "questions", "classify", "convert",
+    "finetune retrieval", "finetune reconstruction", "finetune vqa", "finetune nlvr",
+    "capfilt", "capfilt run", "capfilt rethreshold", "capfilt report", "evaluate",
+    "evaluate retrieval", "evaluate captioning", "evaluate classification", "evaluate video", "evaluate vqa",
+    "evaluate nlvr", "caption", "match", "refine", "ask", "questions", "classify", "convert",
 ]  # fmt: skip
 
 HELP_WITHOUT_TORCH = """

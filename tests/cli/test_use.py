@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ from safetensors.torch import load_file
 from openblip.checkpoint import load_checkpoint, save_checkpoint, with_roles
 from openblip.data.sources import list_shards, read_samples
 from openblip.evaluation.caption_metrics import score_captions
+from openblip.models.blip import Blip
+from openblip.models.reconstruction import ReconstructionConfig
 
 
 @pytest.fixture
@@ -168,6 +171,39 @@ def test_match_judges_every_text(run, model: Path, photos: Path) -> None:
     ]  # fmt: skip
     long = run("match", photos / "a.jpg", "red " * 40, "--model", model)
     assert "1 texts are longer than 35 tokens and were cut" in long.err
+
+
+@pytest.fixture
+def refiner(model: Path, tmp_path: Path) -> Path:
+    """Return the same model with a reconstruction head of random weights."""
+    blip, tokenizer = load_checkpoint(model)
+    torch.manual_seed(1)
+    with_head = Blip(replace(blip.config, reconstruction=ReconstructionConfig()))
+    with_head.load_state_dict(with_head.state_dict() | blip.state_dict())
+    save_checkpoint(tmp_path / "refiner", with_head, tokenizer, "# refiner\n")
+    return tmp_path / "refiner"
+
+
+def test_refine_gives_an_embedding(run, refiner: Path, photos: Path) -> None:
+    arguments = ("refine", photos / "a.jpg", "the circle is blue", "--model", refiner)
+    result = run(*arguments, "--json")
+    assert result.code == 0
+    embedding = result.json.pop("image_embedding")
+    assert math.hypot(*embedding) == pytest.approx(1.0, abs=1e-5)
+    assert result.json.keys() == {
+        "image", "text", "similarity_to_image", "similarity_to_text", "similarity_to_text_before",
+    }  # fmt: skip
+    assert run(*arguments).out.count("similarity") == 3
+
+
+def test_refine_tells_what_it_cannot_use(run, model: Path, refiner: Path, photos: Path) -> None:
+    for image, which, message in (
+        ("a.jpg", model, "no reconstruction head"),
+        ("notes.txt", refiner, "notes.txt: "),
+    ):
+        result = run("refine", photos / image, "blue", "--model", which)
+        assert result.code == 2
+        assert message in result.err
 
 
 def test_evaluate_retrieval(run, model: Path, world: Path) -> None:

@@ -14,8 +14,10 @@ MODEL = (
 COMMON = f"num_steps: {NUM_STEPS}\nbatch_size: 4\nmax_tokens: 20\nsaving: {{every_steps: 5}}\n"
 QUEUE = "alignment: {queue_size: 10, momentum: 0.9}"
 RECIPES = {
-    "pretrain": f"vocab_size: 120\nmodel: {MODEL}\nobjective: {{{QUEUE}}}\n",
+    "pretrain": f"vocab_size: 120\nmodel: {MODEL}\n"
+    f"objective: {{reconstruction_weight: 1.0, {QUEUE}}}\n",
     "finetune captioning": "init: {base}\n",
+    "finetune reconstruction": "init: {base}\n",
     "finetune retrieval": f"init: {{base}}\n{QUEUE}\n",
     "finetune vqa": "init: {base}\n",
 }

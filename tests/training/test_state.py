@@ -16,6 +16,7 @@ from openblip.data.sinks import ShardWriter
 from openblip.data.sources import kept_captions, list_shards, read_samples
 from openblip.data.world import WorldConfig, draw_world
 from openblip.finetune.captioning import CaptioningRecipe, finetune_captioning
+from openblip.finetune.reconstruction import ReconstructionRecipe, reconstruction_training
 from openblip.finetune.retrieval import RetrievalRecipe, finetune_retrieval
 from openblip.finetune.vqa import VqaRecipe, finetune_vqa
 from openblip.models.blip import Blip
@@ -70,6 +71,13 @@ def run_vqa(recipe, data, tokenizer, files):
     return finetune_vqa(recipe, vqa, [data / "asked.tar"], tokenizer, files=files)
 
 
+def run_reconstruction(recipe, data, tokenizer, files):
+    blip = start(tokenizer, "text", "pair")
+    training = reconstruction_training(recipe, blip, [data / "human"], tokenizer)
+    training.run(files, "reconstruction")
+    return training.blip
+
+
 def start(tokenizer: Tokenizer, *roles: str) -> Blip:
     torch.manual_seed(5)
     return Blip(MODEL.build_config(tokenizer).with_roles(frozenset(roles)))
@@ -83,6 +91,15 @@ TASKS = {
         ),
         run_pretrain,
     ),
+    "pretraining with reconstruction": Task(
+        PretrainRecipe.model_validate(
+            {**PAIRS, "model": MODEL,
+             "objective": ObjectiveRecipe(
+                 reconstruction_weight=1.0, alignment=AlignmentConfig(**ALIGNMENT))}
+        ),
+        run_pretrain,
+    ),
+    "reconstruction": Task(ReconstructionRecipe.model_validate(PAIRS), run_reconstruction),
     "captioning": Task(CaptioningRecipe.model_validate(PAIRS), run_captioning),
     "retrieval": Task(
         RetrievalRecipe.model_validate(
