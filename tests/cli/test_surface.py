@@ -15,8 +15,9 @@ COMMANDS = [
     "", "quickstart", "draw", "bootstrap", "pretrain", "finetune", "finetune captioning",
     "finetune retrieval", "finetune reconstruction", "finetune vqa", "finetune nlvr",
     "capfilt", "capfilt run", "capfilt rethreshold", "capfilt report", "evaluate",
-    "evaluate retrieval", "evaluate captioning", "evaluate classification", "evaluate video", "evaluate vqa",
-    "evaluate nlvr", "caption", "match", "refine", "ask", "questions", "classify", "convert",
+    "evaluate retrieval", "evaluate captioning", "evaluate classification", "evaluate video",
+    "evaluate vqa", "evaluate nlvr", "caption", "match", "refine", "ask", "questions", "classify",
+    "convert",
 ]  # fmt: skip
 
 HELP_WITHOUT_TORCH = """
