@@ -80,7 +80,7 @@ def check_equal(one: Seen, other: Seen) -> None:
             assert torch.equal(value, second[name]), name
 
 
-@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
 def test_recomputed_layers_give_the_same_numbers_with_dropout(dtype: torch.dtype | None) -> None:
     """Losses, gradients, weights, twin and queue, bit by bit, under accumulation."""
     plain = train(new_step(), dtype)
