@@ -128,7 +128,7 @@ def questions(
     as_json: AsJson = False,
 ) -> None:
     """Make data for VQA of public question files."""
-    from openblip.data.annotations import (
+    from openblip.data.question_files import (
         read_blip_questions,
         read_visual_genome,
         read_vqa2,

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from openblip.data.annotations import (
+from openblip.data.question_files import (
     read_blip_questions,
     read_visual_genome,
     read_vqa2,
