@@ -305,7 +305,7 @@ def main() -> None:
     app(prog_name="openblip")
 
 
-def _samples(data: Path) -> list[Sample]:
+def _samples(data: str) -> list[Sample]:
     """Read a data set to measure on.
 
     Raises ValueError naming the first sample that is unusable, before a model spends its time.

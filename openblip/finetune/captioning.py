@@ -9,6 +9,7 @@ from pydantic import Field
 
 from openblip.captions import DEFAULT_PROMPT
 from openblip.data.batches import ImageTextBatch
+from openblip.data.sources import Data
 from openblip.losses import lm_loss
 from openblip.models.blip import Blip
 from openblip.tokenizer import Tokenizer
@@ -54,7 +55,7 @@ class CaptioningStep(TrainingStep):
 
 
 def captioning_training(
-    recipe: CaptioningRecipe, blip: Blip, data: Sequence[Path], tokenizer: Tokenizer
+    recipe: CaptioningRecipe, blip: Blip, data: Sequence[Data], tokenizer: Tokenizer
 ) -> PairTraining:
     """Prepare the training of a model with the role `decode`."""
     torch.manual_seed(recipe.seed)
@@ -67,7 +68,7 @@ def captioning_training(
 def finetune_captioning(
     recipe: CaptioningRecipe,
     blip: Blip,
-    data: Sequence[Path],
+    data: Sequence[Data],
     tokenizer: Tokenizer,
     *,
     files: TrainingFiles,
@@ -86,7 +87,7 @@ def run_captioning(run: CaptioningRun, out: Path, *, is_dry: bool = False) -> di
     Raises ValueError if `out` exists, and for data or a model that cannot be read or used.
     """
 
-    def prepare(blip: Blip, data: Sequence[Path], tokenizer: Tokenizer) -> PairTraining:
+    def prepare(blip: Blip, data: Sequence[Data], tokenizer: Tokenizer) -> PairTraining:
         return captioning_training(run, blip, data, tokenizer)
 
     return run_finetuning(

@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 
 from openblip.data.batches import ImageTextBatch
-from openblip.data.sources import kept_captions, list_shards
+from openblip.data.sources import Data, check_data, kept_captions
 from openblip.models.blip import Blip
 from openblip.tokenizer import Tokenizer
 from openblip.training.alignment import Alignment, AlignmentConfig, WrongTexts
@@ -56,7 +56,7 @@ class RetrievalRun(RetrievalRecipe, FinetuningRun):
 class NegativeTexts:
     """Captions of a data set, drawn as wrong texts for the images of another."""
 
-    def __init__(self, data: Sequence[Path], tokenizer: Tokenizer, recipe: RetrievalRecipe) -> None:
+    def __init__(self, data: Sequence[Data], tokenizer: Tokenizer, recipe: RetrievalRecipe) -> None:
         """Read the captions; of more than `MAX_NEGATIVE_TEXTS`, as many at random.
 
         Raises ValueError if there is none.
@@ -134,9 +134,9 @@ class RetrievalStep(TrainingStep):
 def retrieval_training(
     recipe: RetrievalRecipe,
     blip: Blip,
-    data: Sequence[Path],
+    data: Sequence[Data],
     tokenizer: Tokenizer,
-    negatives: Sequence[Path] = (),
+    negatives: Sequence[Data] = (),
 ) -> PairTraining:
     """Prepare the training of a model with the roles `text` and `pair`.
 
@@ -151,12 +151,12 @@ def retrieval_training(
 def finetune_retrieval(
     recipe: RetrievalRecipe,
     blip: Blip,
-    data: Sequence[Path],
+    data: Sequence[Data],
     tokenizer: Tokenizer,
     *,
     files: TrainingFiles,
     title: str = "filter",
-    negatives: Sequence[Path] = (),
+    negatives: Sequence[Data] = (),
 ) -> Blip:
     """Train a model with the roles `text` and `pair` in place and return it.
 
@@ -173,12 +173,10 @@ def run_retrieval(run: RetrievalRun, out: Path, *, is_dry: bool = False) -> dict
     is_dry  write nothing, and return what it would cost
     Raises ValueError if `out` exists, and for data or a model that cannot be read or used.
     """
-    negatives = [Path(path) for path in run.negatives]
-    for path in negatives:
-        list_shards(path)
+    check_data(run.negatives)
 
-    def prepare(blip: Blip, data: Sequence[Path], tokenizer: Tokenizer) -> PairTraining:
-        return retrieval_training(run, blip, data, tokenizer, negatives)
+    def prepare(blip: Blip, data: Sequence[Data], tokenizer: Tokenizer) -> PairTraining:
+        return retrieval_training(run, blip, data, tokenizer, run.negatives)
 
     return run_finetuning(
         run,

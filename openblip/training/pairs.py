@@ -2,12 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from pydantic import Field
 
 from openblip.config import Recipe
+from openblip.data.blocks import CaptionChoice
 from openblip.data.position import start_positions
+from openblip.data.sources import Data
 from openblip.data.stream import PairStream
 from openblip.images import TrainTransform
 from openblip.models.blip import Blip
@@ -26,6 +27,8 @@ class PairRecipe(Recipe):
     """How long to train on pairs, how fast, and what is done to images and texts.
 
     The defaults are the released code's for fine-tuning.
+    captions               of an image: `all` that are kept are pairs, or `one`, drawn anew every
+                           epoch
     max_tokens, max_words  where a text is cut, with [CLS] and [SEP] and without
     min_crop_scale         smallest share of an image that a random crop keeps
     accumulation_steps     batches whose gradients are averaged for one optimizer step; in-batch
@@ -39,6 +42,7 @@ class PairRecipe(Recipe):
     num_steps: int = Field(10_000, ge=1)
     batch_size: int = Field(256, ge=1)
     accumulation_steps: int = Field(1, ge=1)
+    captions: CaptionChoice = "all"
     max_tokens: int = Field(40, ge=3)
     max_words: int = Field(30, ge=1)
     min_crop_scale: float = Field(0.5, gt=0, le=1)
@@ -56,7 +60,7 @@ class PairRecipe(Recipe):
 class PairTraining:
     """A step on a model, and all that its batches are made of.
 
-    data    data sets of any kind that `data.sources` reads; every kept caption is a pair
+    data    data sets of any kind that `data.sources` reads
     prefix  put before every text
     With several ranks, each takes its part of the data, and `batch_size` of them at a time.
     """
@@ -64,7 +68,7 @@ class PairTraining:
     step: TrainingStep
     blip: Blip
     recipe: PairRecipe
-    data: Sequence[Path]
+    data: Sequence[Data]
     tokenizer: Tokenizer
     prefix: str = ""
 
@@ -114,6 +118,7 @@ class PairTraining:
             ),
             batch_size=recipe.batch_size,
             max_tokens=recipe.max_tokens,
+            captions=recipe.captions,
             max_words=recipe.max_words,
             seed=recipe.seed,
             prefix=self.prefix,
