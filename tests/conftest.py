@@ -53,6 +53,7 @@ class FailingServer:
     """A web server on this machine: serves a folder, and fails in the ways that it is told.
 
     failures  left, by path: a status, `cut` (half of a body), `hang up` (no answer at all)
+    num_left  requests that are answered before it vanishes; None: it stays
     requests  that came, by path
     ranges    that were asked for
     """
@@ -60,6 +61,7 @@ class FailingServer:
     def __init__(self, folder: Path, *, has_ranges: bool = True) -> None:
         self.folder, self.has_ranges = folder, has_ranges
         self.failures: dict[str, list[int | str]] = {}
+        self.num_left: int | None = None
         self.requests: Counter[str] = Counter()
         self.ranges: list[str] = []
         server = self
@@ -83,6 +85,9 @@ class FailingServer:
             self.ranges.append(asked)
         waiting = self.failures.get(name)
         failure = waiting.pop(0) if waiting else None
+        if self.num_left is not None:
+            self.num_left -= 1
+            failure = "hang up" if self.num_left < 0 else failure
         if failure == "hang up":
             request.close_connection = True
             return

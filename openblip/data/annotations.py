@@ -25,6 +25,7 @@ from openblip.data.shards import Shard
 CHUNK_CHARACTERS = 1 << 18
 _VISUAL_GENOME_FOLDERS = ("VG_100K", "VG_100K_2", ".")
 _COCO_NAME = re.compile(r"COCO_[a-z]+\d{4}_(\d{12})$")
+_IN_NUMBERS = "0123456789.eE+-"
 _TRAINED_TOO = {"train": ("train", "restval")}
 """Karpathy's split of COCO calls part of what everybody trains on `restval`."""
 
@@ -209,8 +210,9 @@ class _Text:
                 if not self._read_on():
                     raise
                 continue
-            # The digits of a number may go on.
-            if end < len(self._text) or not self._read_on():
+            # A number may go on: its beginning is one too.
+            behind = self._text[end : end + 1]
+            if (behind and behind not in _IN_NUMBERS) or not self._read_on():
                 self._place = end
                 return value
 
