@@ -137,30 +137,31 @@ def evaluate_captioning(
     data: Data,
     prompt: Prompt = DEFAULT_PROMPT,
     num_beams: Annotated[int, typer.Option("--beam", min=1, help="Beams of the search.")] = 3,
-    captions: Annotated[
-        Path | None, typer.Option(help="Also write the captions here, as COCO results JSON.")
+    predictions: Annotated[
+        Path | None,
+        typer.Option(
+            help="Also write the captions here, as the servers of COCO and NoCaps take them."
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Caption every image and score it by its own captions."""
+    """Caption every image and score it by its own captions.
+
+    A test set without captions is captioned for --predictions.
+    """
     from openblip.evaluation.captioning import evaluate_captioning as evaluate
+    from openblip.evaluation.captioning import predictions as predictions_of
     from openblip.generation import Decoding
     from openblip.hub import load
 
-    samples = _samples(data)
+    samples = _samples(data, may_lack_captions=predictions is not None)
     decoding = Decoding(method="beam", num_beams=num_beams)
     report = evaluate(*load(model), samples, prompt=prompt, decoding=decoding)
-    if captions is not None:
-        captions.parent.mkdir(parents=True, exist_ok=True)
-        predictions = [
-            {
-                "image_id": sample.meta.get("image_id", sample.key),
-                "caption": report.captions[sample.key],
-            }
-            for sample in samples
-        ]
-        write_json_atomically(captions, predictions)
-    rows = [[name, f"{value:.4f}"] for name, value in report.scores.to_json().items()]
+    if predictions is not None:
+        predictions.parent.mkdir(parents=True, exist_ok=True)
+        write_json_atomically(predictions, predictions_of(samples, report.captions))
+    scores = report.scores.to_json() if report.scores is not None else {}
+    rows = [[name, f"{value:.4f}"] for name, value in scores.items()]
     text = table([*rows, ["images", str(len(samples))]])
     answer(report.to_json(), text, as_json=as_json)
 
@@ -361,9 +362,10 @@ def _pixels(data: bytes, image: Path, size_px: int) -> "Tensor":
         raise ValueError(f"{image}: {error}") from error
 
 
-def _samples(data: Path) -> list[Sample]:
+def _samples(data: str, *, may_lack_captions: bool = False) -> list[Sample]:
     """Read a data set to measure on.
 
+    may_lack_captions  all of them, as a test set does
     Raises ValueError naming the first sample that is unusable, before a model spends its time.
     """
     from openblip.images import ImageDecodeError, decode_image
@@ -372,11 +374,12 @@ def _samples(data: Path) -> list[Sample]:
         raise ValueError(f"{data}: sample {key} is unusable: {reason}")
 
     samples = [s for shard in list_shards(data) for s in read_samples(shard, on_bad=refuse)]
+    is_bare = not any(sample.captions for sample in samples)
     for sample in samples:
         try:
             decode_image(sample.image_bytes)
         except ImageDecodeError as error:
             refuse(sample.key, str(error))
-        if not sample.captions:
+        if not sample.captions and not (may_lack_captions and is_bare):
             refuse(sample.key, "it has no caption to compare with")
     return samples

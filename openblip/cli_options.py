@@ -43,7 +43,8 @@ ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
 ModelOption = Annotated[str, typer.Option("--model", help=MODEL_HELP)]
 DATA_HELP = (
     "Tar shards, parquet, CSV, TSV, JSONL or COCO's JSON (one file, or a folder of tar or parquet "
-    "shards), or a folder of images with captions beside them."
+    "shards), or a folder of images with captions beside them. A path or a URL of https, s3, gs or "
+    "hf; {000..099} for several."
 )
-Data = Annotated[Path, typer.Argument(metavar="DATA", help=DATA_HELP)]
+Data = Annotated[str, typer.Argument(metavar="DATA", help=DATA_HELP)]
 Prompt = Annotated[str, typer.Option("--prompt", help="Start that is given to the decoder.")]

@@ -67,9 +67,9 @@ def draw(
 
 def bootstrap(
     recipe: Recipe,
-    web: Annotated[Path, typer.Option(help="Noisy image-text pairs. " + DATA_HELP)],
-    human: Annotated[Path, typer.Option(help="Images with human captions to fine-tune on.")],
-    test: Annotated[Path, typer.Option(help="Held-out images with human captions.")],
+    web: Annotated[str, typer.Option(help="Noisy image-text pairs. " + DATA_HELP)],
+    human: Annotated[str, typer.Option(help="Images with human captions to fine-tune on.")],
+    test: Annotated[str, typer.Option(help="Held-out images with human captions.")],
     out: Out,
     has_ablation: HasAblation = False,
     overrides: Overrides = None,
@@ -210,7 +210,7 @@ def finetune_nlvr(
 
 @capfilt_app.command("run")
 def capfilt_run(
-    source: Annotated[Path, typer.Argument(metavar="INPUT", help=DATA_HELP)],
+    source: Annotated[str, typer.Argument(metavar="INPUT", help=DATA_HELP)],
     output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="Folder to write.")],
     captioner: Annotated[str, typer.Option(help="Model that writes. " + MODEL_HELP)],
     judge: Annotated[str, typer.Option("--filter", help="Model that judges. " + MODEL_HELP)],
@@ -236,10 +236,10 @@ def capfilt_run(
 
     settings = load_recipe(CapfiltRecipe, recipe, overrides or ())
     shards = list_shards(source)
-    for shard in shards:
-        home = shard.resolve() if shard.is_dir() else shard.resolve().parent
-        if output.resolve() == home or (shard.is_dir() and output.resolve().is_relative_to(home)):
-            raise ValueError(f"{output} holds the input, {shard}: choose another folder")
+    for path in [shard.path for shard in shards if not shard.is_remote]:
+        home = path.resolve() if path.is_dir() else path.resolve().parent
+        if output.resolve() == home or (path.is_dir() and output.resolve().is_relative_to(home)):
+            raise ValueError(f"{output} holds the input, {path}: choose another folder")
     writer = Captioner(
         *load(captioner),
         settings.decoding,

@@ -12,6 +12,7 @@ import typer
 from openblip.cli_options import AsJson, Data, ModelArgument, ModelOption
 from openblip.cli_output import answer, table
 from openblip.data.samples import Sample
+from openblip.data.shards import Shard
 from openblip.data.sinks import write_json_atomically
 from openblip.data.sources import list_shards, read_samples
 
@@ -165,7 +166,7 @@ def _read_answers(path: Path) -> list[str]:
     return values
 
 
-def _samples(shards: list[Path]) -> Iterator[Sample]:
+def _samples(shards: list[Shard]) -> Iterator[Sample]:
     def refuse(key: str, reason: str) -> None:
         raise ValueError(f"sample {key} is unusable: {reason}")
 

@@ -16,7 +16,7 @@ from openblip.checkpoint import check_is_free, load_tokenizer, save_run
 from openblip.config import Recipe
 from openblip.data.batches import ImageTextBatch
 from openblip.data.samples import Sample
-from openblip.data.sources import kept_captions, list_shards
+from openblip.data.sources import Data, WeightedData, check_data, kept_captions
 from openblip.evaluation.captioning import evaluate_captioning
 from openblip.evaluation.retrieval import evaluate_itc
 from openblip.losses import lm_loss, reconstruction_loss
@@ -72,13 +72,13 @@ class PretrainRecipe(PairRecipe):
 class PretrainRun(PretrainRecipe):
     """A pre-training with its data, as a recipe file describes it.
 
-    data        data sets of any kind that `data.sources` reads
+    data        data sets of any kind that `data.sources` reads, some perhaps with a weight
     vocabulary  BERT's `vocab.txt`, a `tokenizer.json` or a checkpoint folder; without one a
                 WordPiece vocabulary is learned from the captions, which reads all data once
     vocab_size  of a vocabulary that is learned
     """
 
-    data: tuple[str, ...] = Field(min_length=1)
+    data: tuple[str | WeightedData, ...] = Field(min_length=1)
     vocabulary: str | None = None
     vocab_size: int = Field(30_524, ge=16)
 
@@ -140,7 +140,7 @@ class PretrainStep(TrainingStep[ImageTextBatch]):
         self.alignment.after_optimizer_step(self.blip, list(output.entries))
 
 
-def pretraining(recipe: PretrainRecipe, data: Sequence[Path], tokenizer: Tokenizer) -> PairTraining:
+def pretraining(recipe: PretrainRecipe, data: Sequence[Data], tokenizer: Tokenizer) -> PairTraining:
     """Prepare the training of a new model on the kept captions of `data`."""
     torch.manual_seed(recipe.seed)
     config = recipe.model.build_config(tokenizer)
@@ -159,6 +159,7 @@ def _measure(
     captions = evaluate_captioning(
         blip, tokenizer, samples, prompt="", decoding=how.decoding, is_silent=True
     ).scores
+    assert captions is not None
     values = {f"itc_{name}": value for name, value in itc.to_json().items()}
     values |= {"cider": captions.cider, "bleu_4": captions.bleu_4}
     return Scores(values, itc.mean)
@@ -166,7 +167,7 @@ def _measure(
 
 def pretrain(
     recipe: PretrainRecipe,
-    data: Sequence[Path],
+    data: Sequence[Data],
     tokenizer: Tokenizer,
     *,
     files: TrainingFiles,
@@ -189,9 +190,8 @@ def run_pretraining(run: PretrainRun, out: Path, *, is_dry: bool = False) -> dic
     Raises ValueError if `out` exists, and for data or a vocabulary that cannot be read.
     """
     check_is_free(out)
-    data = [Path(path) for path in run.data]
-    for path in data:
-        list_shards(path)
+    data = run.data
+    check_data(data)
     if run.vocabulary is not None:
         tokenizer = load_tokenizer(run.vocabulary)
         note = f"the vocabulary of {tokenizer.vocab_size} words is that of {run.vocabulary}"
@@ -207,7 +207,7 @@ def run_pretraining(run: PretrainRun, out: Path, *, is_dry: bool = False) -> dic
     return save_run(out, blip, tokenizer, run, "pre-training", [note])
 
 
-def _learned(data: Sequence[Path], vocab_size: int, state: Path) -> Tokenizer:
+def _learned(data: Sequence[Data], vocab_size: int, state: Path) -> Tokenizer:
     """Learn a vocabulary, or read the one that the run which goes on has learned."""
     path = state / "tokenizer.json"
     if world().is_first and not (state / "recipe.yaml").exists():

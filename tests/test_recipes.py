@@ -1,12 +1,14 @@
 """Every shipped recipe loads with its class, and opens with the command that runs it."""
 
 import math
+import re
 from pathlib import Path
 
 import pytest
 
 from openblip.capfilt.bootstrap import BootstrapRecipe
-from openblip.config import Recipe, dump_recipe, load_recipe
+from openblip.config import Recipe, RecipeError, dump_recipe, load_recipe
+from openblip.data.sources import WeightedData, weights_of
 from openblip.finetune.captioning import CaptioningRun
 from openblip.finetune.reconstruction import ReconstructionRun
 from openblip.finetune.retrieval import RetrievalRun
@@ -87,3 +89,23 @@ def test_an_epoch_is_as_long_in_every_value_of_a_recipe() -> None:
         epoch = run.optimizer.steps_per_epoch
         assert epoch == math.ceil(566_747 / (8 * run.batch_size))
         assert run.num_steps == num_epochs * epoch
+
+
+def test_data_sets_may_carry_a_weight(tmp_path: Path) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text("data: [a.tar, {path: 'b.tar', weight: 2}, {path: c.tar}]\n")
+    run = load_recipe(PretrainRun, path)
+    assert run.data == ("a.tar", WeightedData("b.tar", 2.0), WeightedData("c.tar", 1.0))
+    assert weights_of(run.data) == (0.25, 0.5, 0.25)
+    (tmp_path / "copy.yaml").write_text(dump_recipe(run))
+    assert load_recipe(PretrainRun, tmp_path / "copy.yaml") == run
+    for wrong, message in (
+        ("{path: b, weight: 0}", "the weight of b is 0.0; it must be above 0"),
+        ("{path: b, weight: '2'}", "data.0.weight is '2'"),
+        ("{path: b, wieght: 2}", "wieght"),
+        ("{weight: 2}", "path is missing"),
+        ("3", "data.0 is 3"),
+    ):
+        path.write_text(f"data: [{wrong}]\n")
+        with pytest.raises(RecipeError, match=re.escape(message)):
+            load_recipe(PretrainRun, path)

@@ -39,7 +39,7 @@ from openblip.checkpoint import load_checkpoint, save_checkpoint, with_roles
 from openblip.config import Recipe, dump_recipe
 from openblip.data.samples import Sample
 from openblip.data.sinks import write_bytes_atomically, write_json_atomically
-from openblip.data.sources import list_shards, read_samples
+from openblip.data.sources import Address, list_shards, read_samples
 from openblip.evaluation.captioning import evaluate_captioning
 from openblip.evaluation.retrieval import evaluate_retrieval
 from openblip.finetune.captioning import CaptioningRecipe, finetune_captioning
@@ -83,9 +83,9 @@ class BootstrapRecipe(Recipe):
 class BootstrapData:
     """Noisy web pairs, clean human pairs, and clean held-out ones to compare on."""
 
-    web: Path
-    human: Path
-    test: Path
+    web: Address
+    human: Address
+    test: Address
 
 
 def bootstrap(
@@ -137,7 +137,7 @@ class _Loop:
     def _claim(self) -> None:
         """Write recipe and data into the folder, or check that they are the earlier start's."""
         data = {
-            name: [[shard.name, shard.stat().st_size] for shard in list_shards(path)]
+            name: [[shard.name, shard.num_bytes] for shard in list_shards(path)]
             for name, path in vars(self.data).items()
         }
         for what, name, text in (
@@ -180,7 +180,7 @@ class _Loop:
             self.out / f"{name}.best",
         )
 
-    def _pretrain(self, name: str, web: Path) -> Blip:
+    def _pretrain(self, name: str, web: Address) -> Blip:
         return pretrain(
             self.recipe.pretrain,
             [web, self.data.human],
@@ -282,7 +282,7 @@ def _evaluation_of(model: str) -> str:
     return f"evaluation of {model}"
 
 
-def _samples(path: Path) -> Iterator[Sample]:
+def _samples(path: Address) -> Iterator[Sample]:
     """Read a whole data set that must be clean. Raises ValueError for the first bad sample."""
 
     def refuse(key: str, reason: str) -> None:

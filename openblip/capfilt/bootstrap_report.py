@@ -18,7 +18,7 @@ from openblip.capfilt.report_page import (
     truth_table,
 )
 from openblip.data.batches import stable_id
-from openblip.data.sources import list_shards, read_samples
+from openblip.data.sources import Address, list_shards, read_samples
 from openblip.page import (
     CardLine,
     Html,
@@ -208,7 +208,7 @@ def _capfilt(report: Mapping[str, Any]) -> list[Html]:
     ]
 
 
-def _captions(evaluations: Mapping[str, Any], test: Path) -> list[Html]:
+def _captions(evaluations: Mapping[str, Any], test: Address) -> list[Html]:
     """Return test pictures with human captions and those of both models."""
     before, after = (evaluations[n]["captioning"]["captions"] for n in ("base", "bootstrapped"))
     keys = sorted(before, key=stable_id)[:NUM_TEST_EXAMPLES]

@@ -13,6 +13,7 @@ from openblip.capfilt.filter import UNMATCHED
 from openblip.capfilt.shard import JudgedImage, Manifest, OutputPaths, manifests, read_judged
 from openblip.data.batches import stable_id
 from openblip.data.samples import Caption, CaptionSource
+from openblip.data.shards import Shard
 from openblip.data.sources import read_samples
 from openblip.images import ImageDecodeError
 from openblip.page import (
@@ -47,7 +48,7 @@ _EXAMPLES: tuple[tuple[str, CaptionSource, bool], ...] = (
 
 @dataclass(frozen=True)
 class _Example:
-    shard: Path
+    shard: str
     image: JudgedImage
 
 
@@ -179,11 +180,13 @@ def example_cards(folder: Path) -> list[Html]:
     Which ones is drawn by a hash of the image's key, so it is neither choice nor chance.
     """
     chosen = _choose_examples(folder)
-    wanted: dict[Path, set[str]] = defaultdict(set)
+    wanted: dict[str, set[str]] = defaultdict(set)
     for several in chosen:
         for example in several:
             wanted[example.shard].add(example.image.key)
-    pictures = {shard: read_pictures([shard], keys) for shard, keys in sorted(wanted.items())}
+    pictures = {
+        shard: read_pictures([Shard.at(shard)], keys) for shard, keys in sorted(wanted.items())
+    }
     return [
         note(
             "Drawn by a hash of the image's name, not picked. Under each heading, dropped means "
@@ -206,7 +209,7 @@ def example_cards(folder: Path) -> list[Html]:
     ]
 
 
-def read_pictures(shards: Sequence[Path], keys: set[str]) -> dict[str, Html]:
+def read_pictures(shards: Sequence[Shard], keys: set[str]) -> dict[str, Html]:
     """Return the thumbnail of each key, or a note in its place if it cannot be read any more."""
     missing = set(keys)
     result = {}
@@ -250,7 +253,7 @@ def _choose_examples(folder: Path) -> list[list[_Example]]:
     heaps: list[list[tuple[int, int, _Example]]] = [[] for _ in _EXAMPLES]
     numbers = count()
     for path in manifests(folder):
-        shard = Path(Manifest.read(path).shard)
+        shard = Manifest.read(path).shard
         for image in read_judged(OutputPaths.of(path.stem, folder).captions):
             number = next(numbers)
             fates = {(c.source, c.drop_reason) for c in image.captions}

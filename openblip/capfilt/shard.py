@@ -28,9 +28,11 @@ from openblip.capfilt.captioner import Captioner
 from openblip.capfilt.filter import Filter, KeepRule
 from openblip.captions import DEFAULT_PROMPT
 from openblip.config import Recipe
+from openblip.data.remote import RemoteAbsentError
 from openblip.data.samples import Caption, Sample
+from openblip.data.shards import Shard
 from openblip.data.sinks import ShardWriter, write_bytes_atomically, write_json_atomically
-from openblip.data.sources import read_samples
+from openblip.data.sources import Address, read_samples
 from openblip.generation import Decoding
 from openblip.images import ImageDecodeError
 from openblip.inference import read_image
@@ -127,16 +129,17 @@ def manifests(folder: Path) -> list[Path]:
 
 
 def process_shard(
-    shard: Path, folder: Path, captioner: Captioner, judge: Filter, recipe: CapfiltRecipe
+    shard: Address, folder: Path, captioner: Captioner, judge: Filter, recipe: CapfiltRecipe
 ) -> Manifest:
     """Write and judge captions of one shard, and keep what the rule keeps.
 
     Returns the manifest; that of a shard which is done already comes back as it is.
     Raises ValueError if it was done with other settings, models or input.
     """
+    shard = Shard.at(shard)
     paths = OutputPaths.of(shard.stem, folder)
     settings = recipe.model_dump(mode="json")
-    input_checksum = _checksum(shard)
+    input_checksum = _checksum_of(shard)
     if paths.manifest.exists():
         done = Manifest.read(paths.manifest)
         _refuse_changes(paths.manifest, done, settings, captioner, judge, input_checksum)
@@ -177,8 +180,8 @@ def rethreshold_shard(manifest: Path, folder: Path, keep: KeepRule) -> Manifest:
     """
     start = time.monotonic()
     done = Manifest.read(manifest)
-    shard = Path(done.shard)
-    if not shard.exists() or _checksum(shard) != done.input_checksum:
+    shard = Shard.at(done.shard)
+    if not _is_unchanged(shard, done.input_checksum):
         raise ValueError(f"{shard}, whose images {manifest} judged, is gone or has changed")
     name = manifest.name.removesuffix(".json")
     judged = read_judged(OutputPaths.of(name, manifest.parent).captions)
@@ -210,7 +213,7 @@ def read_judged(path: Path) -> Iterator[JudgedImage]:
 
 
 def _image_batches(
-    shard: Path, captioner: Captioner, judge: Filter, batch_size: int, bad: Counter[str]
+    shard: Shard, captioner: Captioner, judge: Filter, batch_size: int, bad: Counter[str]
 ) -> Iterator[tuple[list[Sample], tuple[Tensor, Tensor]]]:
     """Yield samples with their images, prepared for the captioner and for the filter."""
     sizes = [model.blip.config.vision.image_size_px for model in (captioner, judge)]
@@ -246,7 +249,7 @@ def _image_batches(
 
 def _write(
     paths: OutputPaths,
-    shard: Path,
+    shard: Shard,
     judged: Sequence[JudgedImage],
     *,
     input_checksum: str,
@@ -302,7 +305,7 @@ def _write(
 
 
 def _with_judged(
-    shard: Path, judged: Sequence[JudgedImage]
+    shard: Shard, judged: Sequence[JudgedImage]
 ) -> Iterator[tuple[Sample, JudgedImage]]:
     """Read the shard once more, in the same order, past what could not be used."""
     waiting = iter(judged)
@@ -339,6 +342,18 @@ def _refuse_changes(
         raise ValueError(
             f"{path} is of another run: {'; '.join(changes)}; choose another folder or --force"
         )
+
+
+def _is_unchanged(shard: Shard, checksum: str) -> bool:
+    try:
+        return _checksum_of(shard) == checksum
+    except (FileNotFoundError, RemoteAbsentError):
+        return False
+
+
+def _checksum_of(shard: Shard) -> str:
+    with shard.opened() as path:
+        return _checksum(path)
 
 
 def _checksum(path: Path) -> str:

@@ -20,8 +20,10 @@ from torch import Tensor
 
 from openblip.captions import clean_caption, has_left_or_right
 from openblip.data.position import Position
+from openblip.data.rows import BadSample
 from openblip.data.samples import Sample
-from openblip.data.sources import BadSample
+from openblip.data.shards import Shard
+from openblip.data.sources import Data
 from openblip.data.stream import SampleStream
 from openblip.images import ImageDecodeError, TrainTransform, decode_image
 from openblip.tokenizer import Tokenizer
@@ -171,7 +173,7 @@ class NlvrStream(SampleStream[NlvrPair, NlvrBatch]):
 
     def __init__(
         self,
-        paths: Sequence[Path],
+        data: Sequence[Data],
         tokenizer: Tokenizer,
         transform: TrainTransform,
         *,
@@ -184,9 +186,9 @@ class NlvrStream(SampleStream[NlvrPair, NlvrBatch]):
         max_bad_fraction: float = 1.0,
         position: Position | None = None,
     ) -> None:
-        """Raises ValueError if a path is no data set."""
+        """Raises ValueError if something in `data` is no data set."""
         super().__init__(
-            paths,
+            data,
             batch_size=batch_size,
             seed=seed,
             block_size=block_size,
@@ -197,10 +199,14 @@ class NlvrStream(SampleStream[NlvrPair, NlvrBatch]):
         self.tokenizer, self.transform = tokenizer, transform
         self.max_tokens, self.max_words = max_tokens, max_words
 
-    def read(self, shard: Path, start: int, step: int) -> Iterator[Sample | BadSample]:
-        return read_rows(shard, start=start, step=step)
+    def read(
+        self, shard: Shard, part: int, num_parts: int, first: int
+    ) -> Iterator[Sample | BadSample]:
+        if shard.is_remote:
+            raise ValueError(f"{shard}: sentences about two images are read from local files alone")
+        return read_rows(shard.path, start=part + first * num_parts, step=num_parts)
 
-    def examples(self, sample: Sample) -> Iterator[tuple[int, NlvrPair] | BadSample]:
+    def examples(self, sample: Sample, epoch: int) -> Iterator[tuple[int, NlvrPair] | BadSample]:
         pair = read_pair(sample, self.max_words)
         if isinstance(pair, BadSample):
             yield pair

@@ -1,20 +1,23 @@
-"""The stream of image-text pairs: every kept caption of an image is a pair of its own."""
+"""The stream of image-text pairs."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from torch import Tensor
 
 from openblip.captions import has_left_or_right
-from openblip.data.batches import ImageTextBatch, collate
+from openblip.data.batches import ImageTextBatch, collate, stable_id
 from openblip.data.position import Position
+from openblip.data.rows import BadSample
 from openblip.data.samples import Sample
-from openblip.data.sources import BadSample, kept_texts
+from openblip.data.sources import Data, kept_texts
 from openblip.data.stream import SampleStream
 from openblip.images import TrainTransform, decode_image
 from openblip.tokenizer import Tokenizer
+
+CaptionChoice = Literal["all", "one"]
 
 
 @dataclass(frozen=True)
@@ -26,9 +29,10 @@ class Pair:
 
 
 class PairStream(SampleStream[Pair, ImageTextBatch]):
-    """Image-text pairs: every kept caption of an image is a pair of its own.
+    """Image-text pairs.
 
-    prefix  put before every text, as the captioning prompt is
+    captions  of an image: `all` that are kept are pairs, or `one`, drawn anew in every epoch
+    prefix    put before every text, as the captioning prompt is
     """
 
     example_name = "image-text pair"
@@ -36,13 +40,14 @@ class PairStream(SampleStream[Pair, ImageTextBatch]):
 
     def __init__(
         self,
-        paths: Sequence[Path],
+        data: Sequence[Data],
         tokenizer: Tokenizer,
         transform: TrainTransform,
         *,
         batch_size: int,
         max_tokens: int,
         seed: int,
+        captions: CaptionChoice = "all",
         prefix: str = "",
         max_words: int = 50,
         block_size: int = 8192,
@@ -51,9 +56,9 @@ class PairStream(SampleStream[Pair, ImageTextBatch]):
         max_bad_fraction: float = 1.0,
         position: Position | None = None,
     ) -> None:
-        """Raises ValueError if a path is no data set."""
+        """Raises ValueError if something in `data` is no data set."""
         super().__init__(
-            paths,
+            data,
             batch_size=batch_size,
             seed=seed,
             block_size=block_size,
@@ -63,10 +68,15 @@ class PairStream(SampleStream[Pair, ImageTextBatch]):
             position=position,
         )
         self.tokenizer, self.transform = tokenizer, transform
-        self.max_tokens, self.max_words, self.prefix = max_tokens, max_words, prefix
+        self.max_tokens, self.max_words = max_tokens, max_words
+        self.captions, self.prefix = captions, prefix
 
-    def examples(self, sample: Sample) -> Iterator[tuple[int, Pair] | BadSample]:
-        for number, text in kept_texts(sample, self.max_words):
+    def examples(self, sample: Sample, epoch: int) -> Iterator[tuple[int, Pair] | BadSample]:
+        texts = list(kept_texts(sample, self.max_words))
+        if self.captions == "one" and texts:
+            rng = np.random.default_rng([self.seed, epoch, stable_id(sample.key)])
+            texts = [texts[int(rng.integers(len(texts)))]]
+        for number, text in texts:
             yield number, Pair(sample.image_bytes, text)
 
     def load(self, example: Pair, rng: np.random.Generator) -> Tensor:

@@ -28,6 +28,8 @@ class Position:
     num_units  of an epoch; 0 before the first batch
     num_seen   pairs taken so far, and samples that could not be read
     problems   how many of them could not be used, by reason
+    sources    where each of several sources with weights stands; all else is then theirs
+    num_taken  pairs that each of them has given since the ranks were dealt
     """
 
     blocks: tuple[Block, ...] = ()
@@ -37,6 +39,8 @@ class Position:
     num_units: int = 0
     num_seen: int = 0
     problems: Mapping[str, int] = field(default_factory=dict)
+    sources: tuple["Position", ...] = ()
+    num_taken: tuple[int, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return what `from_json` reads back."""
@@ -50,6 +54,8 @@ class Position:
             "num_units": self.num_units,
             "num_seen": self.num_seen,
             "problems": dict(self.problems),
+            "sources": [source.to_json() for source in self.sources],
+            "num_taken": list(self.num_taken),
         }
 
     @classmethod
@@ -66,12 +72,27 @@ class Position:
             value["num_units"],
             value["num_seen"],
             dict(value["problems"]),
+            tuple(cls.from_json(source) for source in value.get("sources", ())),
+            tuple(value.get("num_taken", ())),
         )
 
 
 def start_positions(num_ranks: int) -> list[Position]:
     """Return where each rank begins."""
     return [Position(next_unit=rank, num_ranks=num_ranks) for rank in range(num_ranks)]
+
+
+def mixed(sources: Sequence[Position], num_taken: Sequence[int]) -> Position:
+    """Return where a stream over several sources stands."""
+    problems: Counter[str] = Counter()
+    for source in sources:
+        problems.update(source.problems)
+    return Position(
+        num_seen=sum(source.num_seen for source in sources),
+        problems=dict(problems),
+        sources=tuple(sources),
+        num_taken=tuple(num_taken),
+    )
 
 
 def deal_anew(positions: Sequence[Position], num_ranks: int) -> list[Position]:
@@ -81,6 +102,12 @@ def deal_anew(positions: Sequence[Position], num_ranks: int) -> list[Position]:
     """
     if len(positions) == num_ranks:
         return list(positions)
+    if num_sources := len(positions[0].sources):
+        dealt = [
+            deal_anew([position.sources[source] for position in positions], num_ranks)
+            for source in range(num_sources)
+        ]
+        return [mixed(each, (0,) * num_sources) for each in zip(*dealt, strict=True)]
     untouched = max(position.next_unit for position in positions)
     blocks = [block for position in positions for block in position.blocks]
     units = sorted(

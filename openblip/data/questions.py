@@ -12,7 +12,6 @@ Letters: B questions, R answers of all of them, L tokens.
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,8 +20,9 @@ from torch import Tensor
 
 from openblip.captions import clean_question, has_left_or_right
 from openblip.data.position import Position
+from openblip.data.rows import BadSample
 from openblip.data.samples import Sample
-from openblip.data.sources import BadSample, list_shards, read_samples
+from openblip.data.sources import Data, address_of, list_shards, read_samples
 from openblip.data.stream import SampleStream
 from openblip.images import TrainTransform, decode_image
 from openblip.tokenizer import Tokenizer
@@ -55,13 +55,13 @@ def read_questions(sample: Sample, max_words: int) -> Iterator[tuple[int, Questi
             yield BadSample(sample.key, str(error))
 
 
-def question_texts(data: Sequence[Path], max_words: int) -> Iterator[str]:
+def question_texts(data: Sequence[Data], max_words: int) -> Iterator[str]:
     """Yield the questions of data sets and their answers, for what needs no images.
 
     What cannot be used is passed over: it is counted where the images are read.
     """
-    for path in data:
-        for shard in list_shards(path):
+    for each in data:
+        for shard in list_shards(address_of(each)):
             for sample in read_samples(shard, on_bad=lambda key, reason: None):
                 for made in read_questions(sample, max_words):
                     if not isinstance(made, BadSample):
@@ -162,7 +162,7 @@ class VqaStream(SampleStream[AskedImage, VqaBatch]):
 
     def __init__(
         self,
-        paths: Sequence[Path],
+        data: Sequence[Data],
         tokenizer: Tokenizer,
         transform: TrainTransform,
         *,
@@ -176,9 +176,9 @@ class VqaStream(SampleStream[AskedImage, VqaBatch]):
         max_bad_fraction: float = 1.0,
         position: Position | None = None,
     ) -> None:
-        """Raises ValueError if a path is no data set."""
+        """Raises ValueError if something in `data` is no data set."""
         super().__init__(
-            paths,
+            data,
             batch_size=batch_size,
             seed=seed,
             block_size=block_size,
@@ -190,7 +190,7 @@ class VqaStream(SampleStream[AskedImage, VqaBatch]):
         self.max_tokens, self.max_words = max_tokens, max_words
         self.max_answer_tokens = max_answer_tokens
 
-    def examples(self, sample: Sample) -> Iterator[tuple[int, AskedImage] | BadSample]:
+    def examples(self, sample: Sample, epoch: int) -> Iterator[tuple[int, AskedImage] | BadSample]:
         for made in read_questions(sample, self.max_words):
             if isinstance(made, BadSample):
                 yield made

@@ -1,116 +1,165 @@
-"""Reading: tar shards, image folders and tables of images as `Sample`s.
+"""Reading: data sets as `Sample`s, from tar shards, image folders, tables and annotation files.
 
-Tables are JSONL, CSV, TSV, parquet (img2dataset's columns) and COCO's JSON of captions. A row has
-- its image as a path beside the table (`image`, `file_name`, `filepath`, `path`), as bytes (`jpg`,
-  `png`, `webp`, or `image` as the datasets library stores it) or as text (`image_base64`);
-- its captions as `captions`, `caption` or `text`;
-- its key as `key`, `image_id` or `id`, else its number is taken.
-Further fields are the sample's meta.
+`data.rows` tells which fields of a table are understood, `data.annotations` which JSON formats,
+`data.shards` how data sets are addressed, and `data.remote` how remote ones are fetched.
 
-What cannot be used is reported by key and reason, never raised and never lost silently.
+What cannot be used is reported by key and reason, never raised and never lost silently. A shard
+that cannot be read at all, or fetched, is raised: to go on without it would be to lose it.
 """
 
-import base64
-import binascii
-import csv
 import itertools
-import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from openblip.captions import clean_caption
-from openblip.data.samples import Caption, CaptionSource, Sample
+from openblip.data.annotations import json_entries
+from openblip.data.remote import is_remote, list_remote
+from openblip.data.rows import IMAGE_EXTENSIONS, BadSample, Build, build_sample
+from openblip.data.samples import CaptionSource, Sample
+from openblip.data.shards import Shard, expanded
+from openblip.data.tables import csv_entries, jsonl_entries, parquet_entries
 from openblip.data.tar import BrokenTarError, read_tar
 
-IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff"})
-
-ROWS_AT_ONCE = 64
-"""Rows of a parquet file that are in memory at a time."""
-
 FILE_KINDS = (".tar", ".jsonl", ".csv", ".tsv", ".parquet", ".json")
-_PATH_FIELDS = ("image", "file_name", "filepath", "path")
-_BYTES_FIELDS = ("jpg", "jpeg", "png", "webp", "image_bytes", "image")
-_KEY_FIELDS = ("key", "image_id", "id")
+FOLDER_KINDS = (".tar", ".parquet")
+
+Address = str | Path | Shard
+"""Of a data set or a shard: a path or a URL."""
+
+
+@dataclass(frozen=True)
+class WeightedData:
+    """A data set that gives a share of all pairs: its weight over the sum of all weights."""
+
+    path: str
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.weight < math.inf:
+            raise ValueError(f"the weight of {self.path} is {self.weight}; it must be above 0")
+
+
+Data = Address | WeightedData
+"""A data set to train on. Where one has a weight, those without one have the weight 1."""
+
 
 OnBad = Callable[[str, str], None]
 
 
-@dataclass(frozen=True)
-class BadSample:
-    """What cannot be used, and why."""
-
-    key: str
-    reason: str
+def address_of(data: Data) -> Address:
+    """Return where a data set is."""
+    return data.path if isinstance(data, WeightedData) else data
 
 
-Build = Callable[[CaptionSource], Sample | BadSample]
-"""Makes what an entry of a shard holds; until it is called, nothing of it is parsed."""
+def weights_of(data: Sequence[Data]) -> tuple[float, ...]:
+    """Return the share of each data set in all pairs; nothing if none has a weight."""
+    if not any(isinstance(each, WeightedData) for each in data):
+        return ()
+    weights = [each.weight if isinstance(each, WeightedData) else 1.0 for each in data]
+    return tuple(weight / sum(weights) for weight in weights)
 
 
-def list_shards(path: str | Path) -> list[Path]:
+def check_data(data: Iterable[Data]) -> None:
+    """Raise ValueError for the first that is no data set."""
+    for each in data:
+        list_shards(address_of(each))
+
+
+def list_shards(address: Address) -> list[Shard]:
     """Return the units in which a data set is read.
 
-    path     a file of one of `FILE_KINDS`, a folder of .tar or .parquet files, or of images
-    Raises ValueError for anything else.
+    address  of a file of one of `FILE_KINDS`, several of them in braces, or a folder: of .tar or
+             .parquet files, or of images
+    Raises ValueError for anything else, and for a remote folder that cannot be listed.
     """
-    path = Path(path)
+    text = str(address)
+    if "{" in text and (is_remote(text) or not Path(text).exists()):
+        return [shard for each in expanded(text) for shard in list_shards(each)]
+    shard = Shard.at(address)
+    if shard.is_remote:
+        return _list_remote(shard)
+    path = shard.path
     if path.is_file() and path.suffix in FILE_KINDS:
-        return [path]
+        return [shard]
     if path.is_dir():
-        for kind in (".tar", ".parquet"):
+        for kind in FOLDER_KINDS:
             if shards := sorted(path.glob(f"*{kind}")):
-                return shards
+                return [Shard(str(file)) for file in shards]
         if any(_is_image(file) for file in path.rglob("*")):
-            return [path]
+            return [shard]
     raise ValueError(
-        f"{path} is no data set: expected a {', '.join(FILE_KINDS)} file, a folder of .tar or "
+        f"{shard} is no data set: expected a {', '.join(FILE_KINDS)} file, a folder of .tar or "
         ".parquet files, or a folder of images"
     )
 
 
+def _list_remote(shard: Shard) -> list[Shard]:
+    if shard.suffix in FILE_KINDS:
+        return [shard]
+    found = list_remote(shard.address, FOLDER_KINDS)
+    for kind in FOLDER_KINDS:
+        if shards := [Shard(address) for address in found if address.endswith(kind)]:
+            return shards
+    raise ValueError(
+        f"{shard} is no data set: expected a {', '.join(FILE_KINDS)} file, or a folder of .tar or "
+        ".parquet files; loose images are fetched too slowly to train on"
+    )
+
+
 def read_samples(
-    shard: str | Path, *, default_source: CaptionSource = "web", on_bad: OnBad
+    shard: Address, *, default_source: CaptionSource = "web", on_bad: OnBad
 ) -> Iterator[Sample]:
     """Yield the samples of one shard in a fixed order.
 
     default_source  source of captions that do not state theirs
     on_bad          called with key and reason for each sample that cannot be used
     """
-    for entry in read_entries(shard, default_source=default_source):
+    for entry in read_part(shard, default_source=default_source):
         if isinstance(entry, BadSample):
             on_bad(entry.key, entry.reason)
         else:
             yield entry
 
 
-def read_entries(
-    shard: str | Path, *, default_source: CaptionSource = "web", start: int = 0, step: int = 1
+def read_part(
+    address: Address,
+    part: int = 0,
+    num_parts: int = 1,
+    *,
+    first: int = 0,
+    default_source: CaptionSource = "web",
 ) -> Iterator[Sample | BadSample]:
-    """Yield all that one shard holds in a fixed order, good or bad.
+    """Yield all that one of several parts of a shard holds, in a fixed order, good or bad.
 
-    start, step  the first entry, counted from 0, and every how manieth after it; the others are
-                 passed over without a look at what they hold
+    first  entry of the part that is wanted, counted from 0; those before it are passed over without
+           a look at what they hold
+    JSON lines and parquet are cut into ranges; of the others a part is every `num_parts`-th entry.
     """
-    shard = Path(shard)
-    if shard.is_dir():
-        entries = _folder_entries(shard)
-    else:
-        match shard.suffix:
-            case ".jsonl":
-                entries = _jsonl_entries(shard)
-            case ".csv" | ".tsv":
-                entries = _csv_entries(shard)
-            case ".parquet":
-                entries = _parquet_entries(shard)
-            case ".json":
-                entries = _coco_entries(shard)
-            case _:
-                entries = _tar_entries(shard)
-    for build in itertools.islice(entries, start, None, step):
-        yield build(default_source)
+    shard = Shard.at(address)
+    with shard.opened() as path:
+        if path.is_dir():
+            entries = _every(_folder_entries(path), part, num_parts, first)
+        else:
+            match shard.suffix:
+                case ".jsonl":
+                    entries = jsonl_entries(shard, path, part, num_parts, first)
+                case ".csv" | ".tsv":
+                    entries = csv_entries(shard, path, part, num_parts, first)
+                case ".parquet":
+                    entries = parquet_entries(shard, path, part, num_parts, first)
+                case ".json":
+                    entries = json_entries(shard, path, part, num_parts, first)
+                case _:
+                    entries = _every(_tar_entries(shard, path), part, num_parts, first)
+        for build in entries:
+            yield build(default_source)
+
+
+def _every(entries: Iterator[Build], part: int, num_parts: int, first: int) -> Iterator[Build]:
+    return itertools.islice(entries, part + first * num_parts, None, num_parts)
 
 
 def kept_texts(sample: Sample, max_words: int) -> Iterator[tuple[int, str]]:
@@ -121,29 +170,29 @@ def kept_texts(sample: Sample, max_words: int) -> Iterator[tuple[int, str]]:
             yield number, text
 
 
-def kept_captions(data: Iterable[str | Path], max_words: int = 50) -> Iterator[str]:
+def kept_captions(data: Iterable[Data], max_words: int = 50) -> Iterator[str]:
     """Yield the cleaned texts of all kept captions of data sets, for what needs no images.
 
     What cannot be used is passed over: it is counted where the images are read.
     """
-    for path in data:
-        for shard in list_shards(path):
+    for each in data:
+        for shard in list_shards(address_of(each)):
             for sample in read_samples(shard, on_bad=lambda key, reason: None):
                 for _, text in kept_texts(sample, max_words):
                     yield text
 
 
-def _tar_entries(shard: Path) -> Iterator[Build]:
+def _tar_entries(shard: Shard, path: Path) -> Iterator[Build]:
     """Group consecutive files of one key, as WebDataset does: the key ends at the first dot."""
     key, parts = "", dict[str, bytes]()
     try:
-        with shard.open("rb") as stream:
-            for path, data in read_tar(stream):
-                folder, _, name = path.rpartition("/")
-                stem, _, extension = name.partition(".")
+        with path.open("rb") as stream:
+            for name, data in read_tar(stream):
+                folder, _, file = name.rpartition("/")
+                stem, _, extension = file.partition(".")
                 new_key = f"{folder}/{stem}" if folder else stem
                 if new_key != key and parts:
-                    yield partial(_build, key, parts)
+                    yield partial(build_sample, key, parts)
                     parts = {}
                 key = new_key
                 parts[extension.lower()] = data
@@ -154,51 +203,7 @@ def _tar_entries(shard: Path) -> Iterator[Build]:
         yield lambda source: bad
         return
     if parts:
-        yield partial(_build, key, parts)
-
-
-def _build(key: str, parts: Mapping[str, bytes], source: CaptionSource) -> Sample | BadSample:
-    extension = next((name for name in parts if name in IMAGE_EXTENSIONS), None)
-    if extension is None:
-        return BadSample(key, "missing_image")
-    try:
-        captions, meta = _captions(parts.get("json"), parts.get("txt"), source)
-    except ValueError:
-        return BadSample(key, "bad_json")
-    return Sample(key.replace(".", "_"), parts[extension], captions, meta, extension)
-
-
-def _captions(
-    json_bytes: bytes | None, text_bytes: bytes | None, source: CaptionSource
-) -> tuple[tuple[Caption, ...], dict[str, object]]:
-    captions: tuple[Caption, ...] = ()
-    meta: dict[str, object] = {}
-    if json_bytes is not None:
-        captions, meta = _parse_fields(json.loads(json_bytes), source)
-    if text_bytes is not None and not captions:
-        text = text_bytes.decode("utf-8", errors="replace").strip()
-        captions = (Caption(text, source),) if text else ()
-    return captions, meta
-
-
-def _parse_fields(
-    value: object, source: CaptionSource
-) -> tuple[tuple[Caption, ...], dict[str, object]]:
-    if not isinstance(value, dict):
-        raise ValueError("expected a JSON object")
-    meta = dict(value)
-    given = meta.pop("captions", None)
-    if given is None:
-        one = meta.pop("caption", None)
-        if one is None:
-            one = meta.pop("text", None)
-        given = [] if one is None else [one]
-    if not isinstance(given, list):
-        raise ValueError("'captions' must be a list")
-    for caption in given:
-        if not isinstance(caption, str | dict):
-            raise ValueError("a caption must be a text or an object")
-    return tuple(Caption.from_json(caption, source) for caption in given), meta
+        yield partial(build_sample, key, parts)
 
 
 def _folder_entries(folder: Path) -> Iterator[Build]:
@@ -217,120 +222,7 @@ def _read_file(folder: Path, path: Path, source: CaptionSource) -> Sample | BadS
         image = path.read_bytes()
     except OSError:
         return BadSample(key, "unreadable_file")
-    return _build(key, {path.suffix[1:].lower(): image} | beside, source)
-
-
-def _jsonl_entries(shard: Path) -> Iterator[Build]:
-    with shard.open(encoding="utf-8", errors="replace") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                yield partial(_read_line, shard, number, line)
-
-
-def _read_line(shard: Path, number: int, line: str, source: CaptionSource) -> Sample | BadSample:
-    try:
-        row = json.loads(line)
-    except ValueError:
-        row = None
-    return _read_row(shard, number, row, source)
-
-
-def _csv_entries(shard: Path) -> Iterator[Build]:
-    """The first row names the columns."""
-    # A caption may be longer than what the module takes for a mistake.
-    csv.field_size_limit(1 << 24)
-    with shard.open(encoding="utf-8-sig", errors="replace", newline="") as lines:
-        rows = csv.DictReader(lines, delimiter="\t" if shard.suffix == ".tsv" else ",")
-        try:
-            for number, row in enumerate(rows, start=1):
-                given = {name: value for name, value in row.items() if name and value}
-                yield partial(_read_row, shard, number, given)
-        except csv.Error as error:
-            raise ValueError(f"{shard}, line {rows.line_num}: {error}") from error
-
-
-def _parquet_entries(shard: Path) -> Iterator[Build]:
-    # Slow to import, and few need it.
-    from pyarrow import ArrowInvalid, parquet
-
-    try:
-        table = parquet.ParquetFile(shard)
-    except ArrowInvalid as error:
-        raise ValueError(f"cannot read shard {shard}: {error}") from error
-    number = 0
-    with table:
-        for batch in table.iter_batches(batch_size=ROWS_AT_ONCE):
-            for index in range(batch.num_rows):
-                number += 1
-                # The row itself is taken out of the table only if it is wanted.
-                yield partial(_read_parquet_row, shard, number, batch.slice(index, 1))
-
-
-def _read_parquet_row(
-    shard: Path, number: int, batch: Any, source: CaptionSource
-) -> Sample | BadSample:
-    [row] = batch.to_pylist()
-    return _read_row(shard, number, {k: v for k, v in row.items() if v is not None}, source)
-
-
-def _coco_entries(shard: Path) -> Iterator[Build]:
-    """COCO's `images` and caption `annotations`: one sample an image, its captions human."""
-    try:
-        content = json.loads(shard.read_text(encoding="utf-8"))
-        captions: dict[object, list[str]] = {}
-        for annotation in content["annotations"]:
-            captions.setdefault(annotation["image_id"], []).append(annotation["caption"])
-        images = [(image["id"], image["file_name"]) for image in content["images"]]
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{shard} is no caption file of COCO's kind: expected `images` with id and file_name, "
-            f"and `annotations` with image_id and caption ({error!r})"
-        ) from error
-    for number, (key, name) in enumerate(images, start=1):
-        row = {"key": str(key), "file_name": name, "captions": captions.get(key, [])}
-        yield partial(_read_row, shard, number, row)
-
-
-def _read_row(shard: Path, number: int, row: object, source: CaptionSource) -> Sample | BadSample:
-    """Build a sample from the fields of a table's row, None where it is not one."""
-    key = f"{shard.stem}_{number:08d}"
-    try:
-        captions, meta = _parse_fields(row, source)
-    except ValueError:
-        return BadSample(key, "bad_json" if shard.suffix == ".jsonl" else "bad_row")
-    for name in _KEY_FIELDS:
-        if name in meta:
-            key = str(meta.pop(name)).replace(".", "_")
-            break
-    if meta.get("status", "success") != "success":  # img2dataset's word for a failed download
-        return BadSample(key, "not_downloaded")
-    image: bytes | None = None
-    extension = "jpg"
-    try:
-        for name in _BYTES_FIELDS:
-            value = meta.get(name)
-            if isinstance(value, dict) and isinstance(value.get("bytes"), bytes):
-                value = value["bytes"]
-            if isinstance(value, bytes):
-                image, extension = value, name if name in IMAGE_EXTENSIONS else extension
-                del meta[name]
-                break
-        encoded = meta.pop("image_base64", None)
-        if image is None and isinstance(encoded, str):
-            image = base64.b64decode(encoded, validate=True)
-        for name in _PATH_FIELDS:
-            value = meta.get(name)
-            if image is None and isinstance(value, str):
-                del meta[name]
-                path = shard.parent / value
-                image, extension = path.read_bytes(), path.suffix[1:].lower() or extension
-    except OSError:
-        return BadSample(key, "missing_image")
-    except binascii.Error:
-        return BadSample(key, "bad_base64")
-    if image is None:
-        return BadSample(key, "missing_image")
-    return Sample(key, image, captions, meta, extension)
+    return build_sample(key, {path.suffix[1:].lower(): image} | beside, source)
 
 
 def _is_image(path: Path) -> bool:

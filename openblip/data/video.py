@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from openblip.data.sources import IMAGE_EXTENSIONS
+from openblip.data.rows import IMAGE_EXTENSIONS
 from openblip.images import ImageDecodeError, decode_image, eval_transform
 
 VIDEO_EXTENSIONS = (".mp4", ".avi", ".mkv", ".mov", ".webm", ".m4v", ".mpg", ".gif")

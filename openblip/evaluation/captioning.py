@@ -1,6 +1,6 @@
 """Captioning: one caption per image, scored against the image's own (BLIP sec. 5.2)."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from openblip.data.samples import Sample
@@ -14,14 +14,15 @@ from openblip.training.log import ProgressLine
 
 @dataclass(frozen=True)
 class CaptioningReport:
-    """Scores of the whole set, and what was written, by sample key."""
+    """Scores of the whole set, None where it has no captions, and what was written, by key."""
 
-    scores: CaptionScores
+    scores: CaptionScores | None
     captions: Mapping[str, str]
 
     def to_json(self) -> dict[str, object]:
         """Return plain values."""
-        return {"scores": self.scores.to_json(), "captions": dict(self.captions)}
+        scores = {"scores": self.scores.to_json()} if self.scores is not None else {}
+        return {**scores, "captions": dict(self.captions)}
 
 
 def evaluate_captioning(
@@ -37,7 +38,9 @@ def evaluate_captioning(
     """Caption every sample and score it against the captions that the sample has.
 
     is_silent  tell no progress
-    Raises ValueError for a sample without captions, and ImageDecodeError for a bad image.
+    A test set, of which no sample has captions, is not scored.
+    Raises ValueError if some samples have captions and some not, and ImageDecodeError for a bad
+    image.
     """
     samples = list(samples)
     size_px = blip.config.vision.image_size_px
@@ -54,4 +57,25 @@ def evaluate_captioning(
     keys = [sample.key for sample in samples]
     captions = dict(zip(keys, texts, strict=True))
     references = {sample.key: [c.text for c in sample.captions] for sample in samples}
-    return CaptioningReport(score_captions(captions, references), captions)
+    scores = score_captions(captions, references) if any(references.values()) else None
+    return CaptioningReport(scores, captions)
+
+
+def predictions(
+    samples: Sequence[Sample], captions: Mapping[str, str]
+) -> list[dict[str, int | str]]:
+    """Return what the evaluation servers of COCO and NoCaps take: one object an image.
+
+    The image's id is its key, a number where the data set numbers its images.
+    """
+    return [
+        {
+            "image_id": int(sample.key) if _is_number(sample.key) else sample.key,
+            "caption": captions[sample.key],
+        }
+        for sample in samples
+    ]
+
+
+def _is_number(key: str) -> bool:
+    return key.isdecimal() and str(int(key)) == key

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from openblip.data.nlvr import NlvrPair, collate_pairs, read_pairs
-from openblip.data.sources import BadSample
+from openblip.data.rows import BadSample
 from openblip.inference import read_image
 from openblip.models.nlvr import Nlvr
 from openblip.tokenizer import Tokenizer

@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass
 import torch
 
 from openblip.data.questions import Question, read_questions
+from openblip.data.rows import BadSample
 from openblip.data.samples import Sample
-from openblip.data.sources import BadSample
 from openblip.evaluation.vqa_accuracy import vqa_accuracy
 from openblip.inference import Answer, encode_questions, read_image
 from openblip.models.context import Context

@@ -10,6 +10,7 @@ from pydantic import Field
 from openblip.captions import DEFAULT_PROMPT
 from openblip.data.batches import ImageTextBatch
 from openblip.data.samples import Sample
+from openblip.data.sources import Data
 from openblip.evaluation.captioning import evaluate_captioning
 from openblip.losses import lm_loss
 from openblip.models.blip import Blip
@@ -57,7 +58,7 @@ class CaptioningStep(TrainingStep[ImageTextBatch]):
 
 
 def captioning_training(
-    recipe: CaptioningRecipe, blip: Blip, data: Sequence[Path], tokenizer: Tokenizer
+    recipe: CaptioningRecipe, blip: Blip, data: Sequence[Data], tokenizer: Tokenizer
 ) -> PairTraining:
     """Prepare the training of a model with the role `decode`."""
     torch.manual_seed(recipe.seed)
@@ -68,11 +69,12 @@ def captioning_training(
     def measure(
         blip: Blip, tokenizer: Tokenizer, samples: Sequence[Sample], how: EvaluatingRecipe
     ) -> Scores:
-        report = evaluate_captioning(
+        scores = evaluate_captioning(
             blip, tokenizer, samples, prompt=recipe.prompt, decoding=how.decoding, is_silent=True
-        )
+        ).scores
+        assert scores is not None
         # The released code's choice of the best epoch.
-        return Scores(report.scores.to_json(), report.scores.cider + report.scores.bleu_4)
+        return Scores(scores.to_json(), scores.cider + scores.bleu_4)
 
     return PairTraining(step, recipe, blip, data, tokenizer, recipe.prompt, measure)
 
@@ -80,7 +82,7 @@ def captioning_training(
 def finetune_captioning(
     recipe: CaptioningRecipe,
     blip: Blip,
-    data: Sequence[Path],
+    data: Sequence[Data],
     tokenizer: Tokenizer,
     *,
     files: TrainingFiles,
@@ -99,7 +101,7 @@ def run_captioning(run: CaptioningRun, out: Path, *, is_dry: bool = False) -> di
     Raises ValueError if `out` exists, and for data or a model that cannot be read or used.
     """
 
-    def prepare(blip: Blip, data: Sequence[Path], tokenizer: Tokenizer) -> PairTraining:
+    def prepare(blip: Blip, data: Sequence[Data], tokenizer: Tokenizer) -> PairTraining:
         return captioning_training(run, blip, data, tokenizer)
 
     return run_finetuning(

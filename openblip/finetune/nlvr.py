@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from openblip.checkpoint import check_is_free, initialise_from, save_run
 from openblip.data.nlvr import NlvrBatch, NlvrStream, read_pairs
-from openblip.data.sources import BadSample
+from openblip.data.rows import BadSample
 from openblip.hub import load
 from openblip.models.nlvr import FIRST_MERGE_LAYER, Nlvr, NlvrConfig, nlvr_from_blip
 from openblip.tokenizer import Tokenizer

@@ -15,7 +15,7 @@ from pydantic import Field
 
 from openblip.checkpoint import check_is_free, save_run
 from openblip.data.batches import ImageTextBatch
-from openblip.data.sources import list_shards
+from openblip.data.sources import Data, WeightedData, check_data
 from openblip.hub import load
 from openblip.losses import reconstruction_loss
 from openblip.models.blip import Blip
@@ -38,12 +38,12 @@ class ReconstructionRecipe(PairRecipe):
 class ReconstructionRun(ReconstructionRecipe):
     """The same with its data and the model that it starts from, as a recipe file describes it.
 
-    data  data sets of any kind that `data.sources` reads
+    data  data sets of any kind that `data.sources` reads, some perhaps with a weight
     init  checkpoint folder, transformers folder or name on the Hugging Face Hub, of a model with
           the role `text`; a head that it has is replaced
     """
 
-    data: tuple[str, ...] = Field(min_length=1)
+    data: tuple[str | WeightedData, ...] = Field(min_length=1)
     init: str
 
 
@@ -98,7 +98,7 @@ def with_reconstruction(blip: Blip, config: ReconstructionConfig) -> Blip:
 
 
 def reconstruction_training(
-    recipe: ReconstructionRecipe, blip: Blip, data: Sequence[Path], tokenizer: Tokenizer
+    recipe: ReconstructionRecipe, blip: Blip, data: Sequence[Data], tokenizer: Tokenizer
 ) -> PairTraining:
     """Prepare the training of a new head; the model that will have it is the training's `blip`."""
     torch.manual_seed(recipe.seed)
@@ -117,14 +117,12 @@ def run_reconstruction(
     Raises ValueError if `out` exists, and for data or a model that cannot be read or used.
     """
     check_is_free(out)
-    data = [Path(path) for path in run.data]
-    for path in data:
-        list_shards(path)
+    check_data(run.data)
     blip, tokenizer = load(run.init)
     notes = [f"all but the reconstruction head is {run.init}, unchanged"]
     for note in notes:
         _log.info("%s", note)
-    training = reconstruction_training(run, blip, data, tokenizer)
+    training = reconstruction_training(run, blip, run.data, tokenizer)
     if is_dry:
         return training.dry_run().to_json()
     training.run(TrainingFiles.beside(out), "reconstruction")

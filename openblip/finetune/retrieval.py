@@ -10,7 +10,7 @@ from pydantic import Field
 
 from openblip.data.batches import ImageTextBatch
 from openblip.data.samples import Sample
-from openblip.data.sources import kept_captions, list_shards
+from openblip.data.sources import Data, check_data, kept_captions
 from openblip.evaluation.retrieval import evaluate_retrieval
 from openblip.models.blip import Blip
 from openblip.tokenizer import Tokenizer
@@ -60,7 +60,7 @@ class RetrievalRun(RetrievalRecipe, FinetuningRun):
 class NegativeTexts:
     """Captions of a data set, drawn as wrong texts for the images of another."""
 
-    def __init__(self, data: Sequence[Path], tokenizer: Tokenizer, recipe: RetrievalRecipe) -> None:
+    def __init__(self, data: Sequence[Data], tokenizer: Tokenizer, recipe: RetrievalRecipe) -> None:
         """Read the captions; of more than `MAX_NEGATIVE_TEXTS`, as many at random.
 
         Raises ValueError if there is none.
@@ -148,9 +148,9 @@ class RetrievalStep(TrainingStep[ImageTextBatch]):
 def retrieval_training(
     recipe: RetrievalRecipe,
     blip: Blip,
-    data: Sequence[Path],
+    data: Sequence[Data],
     tokenizer: Tokenizer,
-    negatives: Sequence[Path] = (),
+    negatives: Sequence[Data] = (),
 ) -> PairTraining:
     """Prepare the training of a model with the roles `text` and `pair`.
 
@@ -174,12 +174,12 @@ def _measure(
 def finetune_retrieval(
     recipe: RetrievalRecipe,
     blip: Blip,
-    data: Sequence[Path],
+    data: Sequence[Data],
     tokenizer: Tokenizer,
     *,
     files: TrainingFiles,
     title: str = "filter",
-    negatives: Sequence[Path] = (),
+    negatives: Sequence[Data] = (),
 ) -> Blip:
     """Train a model with the roles `text` and `pair` in place and return it.
 
@@ -196,12 +196,10 @@ def run_retrieval(run: RetrievalRun, out: Path, *, is_dry: bool = False) -> dict
     is_dry  write nothing, and return what it would cost
     Raises ValueError if `out` exists, and for data or a model that cannot be read or used.
     """
-    negatives = [Path(path) for path in run.negatives]
-    for path in negatives:
-        list_shards(path)
+    check_data(run.negatives)
 
-    def prepare(blip: Blip, data: Sequence[Path], tokenizer: Tokenizer) -> PairTraining:
-        return retrieval_training(run, blip, data, tokenizer, negatives)
+    def prepare(blip: Blip, data: Sequence[Data], tokenizer: Tokenizer) -> PairTraining:
+        return retrieval_training(run, blip, data, tokenizer, run.negatives)
 
     return run_finetuning(
         run,

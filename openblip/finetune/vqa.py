@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 
 from openblip.checkpoint import check_is_free, initialise_from, save_run
 from openblip.data.questions import VqaBatch, VqaStream, question_texts
-from openblip.data.sources import list_shards
+from openblip.data.sources import Data, WeightedData, check_data
 from openblip.hub import is_vqa, load, load_vqa
 from openblip.losses import text_losses, vqa_loss
 from openblip.models.vqa import Vqa, VqaConfig, vqa_from_blip
@@ -41,7 +41,8 @@ class VqaRecipe(PairRecipe):
 class VqaRun(VqaRecipe):
     """The same with its data and the model that it starts from, as a recipe file describes it.
 
-    data           data sets of any kind that `data.sources` reads, with questions
+    data           data sets of any kind that `data.sources` reads, with questions,
+                   some perhaps with a weight
     init           checkpoint folder, transformers folder or name on the Hugging Face Hub, of a
                    pre-trained model or one that answers questions already; or else
     model          sizes of a new one, with a vocabulary learned from questions and answers, of
@@ -49,7 +50,7 @@ class VqaRun(VqaRecipe):
     image_size_px  side of the images; another one than that of `init` resizes the positions
     """
 
-    data: tuple[str, ...] = Field(min_length=1)
+    data: tuple[str | WeightedData, ...] = Field(min_length=1)
     init: str | None = None
     model: ModelRecipe | None = None
     vocab_size: int = Field(30_524, ge=16)
@@ -98,7 +99,7 @@ class VqaTraining(Training[VqaBatch]):
     """
 
     vqa: Vqa
-    data: Sequence[Path]
+    data: Sequence[Data]
     tokenizer: Tokenizer
     max_answer_tokens: int
 
@@ -120,7 +121,7 @@ class VqaTraining(Training[VqaBatch]):
 
 
 def vqa_training(
-    recipe: VqaRecipe, vqa: Vqa, data: Sequence[Path], tokenizer: Tokenizer
+    recipe: VqaRecipe, vqa: Vqa, data: Sequence[Data], tokenizer: Tokenizer
 ) -> VqaTraining:
     """Prepare the training of a model on the questions of `data`."""
     torch.manual_seed(recipe.seed)
@@ -131,7 +132,7 @@ def vqa_training(
 def finetune_vqa(
     recipe: VqaRecipe,
     vqa: Vqa,
-    data: Sequence[Path],
+    data: Sequence[Data],
     tokenizer: Tokenizer,
     *,
     files: TrainingFiles,
@@ -150,24 +151,22 @@ def run_vqa(run: VqaRun, out: Path, *, is_dry: bool = False) -> dict[str, Any]:
     Raises ValueError if `out` exists, and for data or a model that cannot be read or used.
     """
     check_is_free(out)
-    data = [Path(path) for path in run.data]
-    for path in data:
-        list_shards(path)
+    check_data(run.data)
     torch.manual_seed(run.seed)
-    vqa, tokenizer, notes = _start(run, data)
+    vqa, tokenizer, notes = _start(run)
     for note in notes:
         _log.info("%s", note)
-    training = vqa_training(run, vqa, data, tokenizer)
+    training = vqa_training(run, vqa, run.data, tokenizer)
     if is_dry:
         return training.dry_run().to_json()
     training.run(TrainingFiles.beside(out), "VQA")
     return save_run(out, vqa, tokenizer, run, "VQA fine-tuning", notes)
 
 
-def _start(run: VqaRun, data: Sequence[Path]) -> tuple[Vqa, Tokenizer, list[str]]:
+def _start(run: VqaRun) -> tuple[Vqa, Tokenizer, list[str]]:
     """Return the model that training starts from, and what is to be known of it."""
     if run.model is not None:
-        texts = question_texts(data, run.max_words)
+        texts = question_texts(run.data, run.max_words)
         tokenizer = Tokenizer.train(texts, vocab_size=run.vocab_size)
         sizes = run.model.build_config(tokenizer)
         config = VqaConfig.from_text(sizes.vision, sizes.text, sizes.tokens)

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from openblip.checkpoint import check_is_free, initialise_from, save_run
 from openblip.config import Recipe
-from openblip.data.sources import list_shards
+from openblip.data.sources import Data, WeightedData, check_data
 from openblip.hub import load
 from openblip.models.blip import Blip
 from openblip.models.text import Role
@@ -23,12 +23,12 @@ _log = logging.getLogger(__name__)
 class FinetuningRun(Recipe):
     """What a recipe file adds to the settings of a fine-tuning.
 
-    data           data sets of any kind that `data.sources` reads
+    data           data sets of any kind that `data.sources` reads, some perhaps with a weight
     init           checkpoint folder, transformers folder or name on the Hugging Face Hub
     image_size_px  side of the images; another one than that of `init` resizes the positions
     """
 
-    data: tuple[str, ...] = Field(min_length=1)
+    data: tuple[str | WeightedData, ...] = Field(min_length=1)
     init: str
     image_size_px: int | None = Field(None, ge=1)
 
@@ -39,7 +39,7 @@ def run_finetuning(
     *,
     roles: frozenset[Role],
     title: str,
-    prepare: Callable[[Blip, Sequence[Path], Tokenizer], PairTraining],
+    prepare: Callable[[Blip, Sequence[Data], Tokenizer], PairTraining],
     is_dry: bool,
 ) -> dict[str, Any]:
     """Fine-tune and save the checkpoint `out`; return what came out.
@@ -50,15 +50,13 @@ def run_finetuning(
     Raises ValueError if `out` exists, and for data or a model that cannot be read or used.
     """
     check_is_free(out)
-    data = [Path(path) for path in run.data]
-    for path in data:
-        list_shards(path)
+    check_data(run.data)
     blip, tokenizer = load(run.init)
     start = initialise_from(blip, roles, run.image_size_px)
     notes = [f"it starts from {run.init}", *start.notes()]
     for note in notes:
         _log.info("%s", note)
-    training = prepare(start.blip, data, tokenizer)
+    training = prepare(start.blip, run.data, tokenizer)
     if is_dry:
         return training.dry_run().to_json()
     training.run(TrainingFiles.beside(out), title)

@@ -11,10 +11,10 @@ from pydantic import Field, model_validator
 from openblip.checkpoint import replace_checkpoint
 from openblip.config import Recipe, dump_recipe
 from openblip.data.batches import Batch, ImageTextBatch
-from openblip.data.pairs import PairStream
+from openblip.data.pairs import CaptionChoice, PairStream
 from openblip.data.position import Position, start_positions
 from openblip.data.samples import Sample
-from openblip.data.sources import list_shards, read_samples
+from openblip.data.sources import Data, list_shards, read_samples
 from openblip.data.stream import SampleStream
 from openblip.images import ImageDecodeError, TrainTransform, decode_image
 from openblip.models.blip import Blip
@@ -46,6 +46,8 @@ class PairRecipe(Recipe):
     """How long to train, how fast, and what is done to images and texts.
 
     The defaults are the released code's for fine-tuning.
+    captions               of an image: `all` that are kept are pairs, or `one`, drawn anew every
+                           epoch
     max_tokens, max_words  where a text is cut, with [CLS] and [SEP] and without
     min_crop_scale         smallest share of an image that a random crop keeps
     accumulation_steps     batches whose gradients are averaged for one optimizer step; in-batch
@@ -68,6 +70,7 @@ class PairRecipe(Recipe):
     num_steps: int = Field(10_000, ge=1)
     batch_size: int = Field(256, ge=1)
     accumulation_steps: int = Field(1, ge=1)
+    captions: CaptionChoice = "all"
     max_tokens: int = Field(40, ge=3)
     max_words: int = Field(30, ge=1)
     min_crop_scale: float = Field(0.5, gt=0, le=1)
@@ -166,13 +169,13 @@ class Training(ABC, Generic[B]):
 class PairTraining(Training[ImageTextBatch]):
     """Training on image-text pairs.
 
-    data     data sets of any kind that `data.sources` reads; every kept caption is a pair
+    data     data sets of any kind that `data.sources` reads
     prefix   put before every text
     measure  evaluates the model if the recipe says so; None where the task has no scores
     """
 
     blip: Blip
-    data: Sequence[Path]
+    data: Sequence[Data]
     tokenizer: Tokenizer
     prefix: str = ""
     measure: Measure | None = None
@@ -185,6 +188,7 @@ class PairTraining(Training[ImageTextBatch]):
             train_transform(recipe, self.blip.config.vision.image_size_px),
             batch_size=recipe.batch_size,
             max_tokens=recipe.max_tokens,
+            captions=recipe.captions,
             max_words=recipe.max_words,
             seed=recipe.seed,
             prefix=self.prefix,
@@ -242,7 +246,7 @@ def _usable_samples(data: Sequence[str]) -> list[Sample]:
     samples = [
         sample
         for path in data
-        for shard in list_shards(Path(path))
+        for shard in list_shards(path)
         for sample in read_samples(shard, on_bad=refuse)
     ]
     if not samples:

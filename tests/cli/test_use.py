@@ -222,7 +222,7 @@ def test_evaluate_captioning_and_its_coco_results(
     file = tmp_path / "new" / "results.json"
     result = run(
         "evaluate", "captioning", model, world / "test", "--beam", 2, "--prompt", "",
-        "--captions", file, "--json",
+        "--predictions", file, "--json",
     )  # fmt: skip
     assert result.code == 0
     predictions = json.loads(file.read_text())

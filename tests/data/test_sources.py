@@ -1,5 +1,6 @@
 import base64
 import io
+import itertools
 import json
 import tarfile
 from pathlib import Path
@@ -12,7 +13,7 @@ from pyarrow import parquet
 
 from openblip.data.samples import Caption, Sample
 from openblip.data.sinks import ShardWriter
-from openblip.data.sources import list_shards, read_entries, read_samples
+from openblip.data.sources import list_shards, read_part, read_samples
 
 SAMPLES = [
     Sample("a", b"image a", (Caption("one"), Caption("two", "human")), {"id": 7}),
@@ -202,7 +203,7 @@ def test_cocos_json_gathers_the_captions_of_an_image(photos: Path) -> None:
     assert bad == [("6", "missing_image")]
     for wrong in ("[]", "{", '{"images": [{"id": 1}], "annotations": []}'):
         path.write_text(wrong)
-        with pytest.raises(ValueError, match=r"captions\.json is no caption file of COCO's kind"):
+        with pytest.raises(ValueError, match=r"captions\.json is no annotation file"):
             read(path)
 
 
@@ -212,17 +213,22 @@ def test_a_broken_table_is_told(tmp_path: Path) -> None:
         read(tmp_path / "t.parquet")
 
 
-@pytest.mark.parametrize("step", [1, 2, 5])
-def test_entries_can_be_passed_over(photos: Path, step: int) -> None:
-    """Of any kind: what is read from a start in steps is what is read whole, bad ones counted."""
+@pytest.mark.parametrize("num_parts", [1, 2, 5])
+def test_parts_hold_every_entry_once(photos: Path, num_parts: int) -> None:
+    """Of any kind, bad ones too; and from any entry on, a part is what it is read whole."""
     write(photos / "t.tar")
     (photos / "t.csv").write_text("image,caption\n" + "a.png,x\nabsent.png,y\nsub/b.png,z\n" * 3)
     lines = [{"image": "a.png", "caption": "x"}, {"caption": "y"}, {"image": "sub/b.png"}]
-    (photos / "t.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines * 2))
-    rows = {"jpg": [b"1", None, b"3", b"4"], "caption": ["a", "b", "c", "d"]}
-    parquet.write_table(pyarrow.table(rows), photos / "t.parquet")
-    for shard in (photos, *(photos / f"t.{kind}" for kind in ("tar", "csv", "jsonl", "parquet"))):
-        whole = list(read_entries(shard))
+    (photos / "t.jsonl").write_text("\n\n".join(json.dumps(line) for line in lines * 2))
+    (photos / "t.json").write_text(json.dumps(lines * 2))
+    rows = {"jpg": [b"1", None, b"3", b"4"] * 3, "caption": ["a", "b", "c", "d"] * 3}
+    parquet.write_table(pyarrow.table(rows), photos / "t.parquet", row_group_size=5)
+    kinds = ("tar", "csv", "jsonl", "parquet", "json")
+    for shard in (photos, *(photos / f"t.{kind}" for kind in kinds)):
+        whole = list(read_part(shard))
         assert len(whole) >= 2
-        for start in range(len(whole) + 1):
-            assert list(read_entries(shard, start=start, step=step)) == whole[start::step]
+        parts = [list(read_part(shard, part, num_parts)) for part in range(num_parts)]
+        assert sorted(map(repr, itertools.chain(*parts))) == sorted(map(repr, whole))
+        for part, entries in enumerate(parts):
+            for first in range(len(entries) + 2):
+                assert list(read_part(shard, part, num_parts, first=first)) == entries[first:]

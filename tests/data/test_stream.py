@@ -18,6 +18,7 @@ from openblip.data.pairs import PairStream
 from openblip.data.position import Position, deal_anew, start_positions
 from openblip.data.samples import Caption, Sample
 from openblip.data.sinks import ShardWriter
+from openblip.data.sources import WeightedData
 from openblip.images import TrainTransform
 from openblip.tokenizer import Tokenizer
 
@@ -305,3 +306,132 @@ def test_the_first_bad_samples_are_named(tmp_path: Path, caplog: pytest.LogCaptu
     assert len(named) == 5
     assert all("bad" in text and "not_an_image" in text for text in named)
     assert part.position.problems["not_an_image"] > 5
+
+
+def mixture(tmp_path: Path, **options: Any) -> PairStream:
+    """Three sources of 10, 5 and 3 pairs, of which two have weights."""
+    words = [f"{a} {b}" for a in WORDS[:3] for b in WORDS[:6]]
+    parts = {"a": words[:10], "b": words[10:15], "c": words[15:]}
+    for name, texts_of_it in parts.items():
+        if not (tmp_path / name).exists():
+            write(tmp_path / name, samples(texts_of_it))
+    data = [
+        WeightedData(str(tmp_path / "a"), 2.0),
+        tmp_path / "b",
+        WeightedData(str(tmp_path / "c"), 0.5),
+    ]
+    values = {"seed": 0, "max_tokens": 12, "batch_size": 5} | options
+    return PairStream(data, TOKENIZER, TrainTransform(16, 0.5, num_ops=0), **values)
+
+
+def test_each_source_gives_its_share_and_its_pairs_in_epochs(tmp_path: Path) -> None:
+    read = texts(take(mixture(tmp_path, block_size=9), 28))
+    source_of = ["a"] * 10 + ["b"] * 5 + ["c"] * 3
+    words = [f"{a} {b}" for a in WORDS[:3] for b in WORDS[:6]]
+    by_source: dict[str, list[str]] = {"a": [], "b": [], "c": []}
+    for num, text in enumerate(read, start=1):
+        by_source[source_of[words.index(text)]].append(text)
+        for name, share in (("a", 4 / 7), ("b", 2 / 7), ("c", 1 / 7)):
+            assert abs(len(by_source[name]) - share * num) < 1.5
+    assert {name: len(several) for name, several in by_source.items()} == {
+        "a": 80,
+        "b": 40,
+        "c": 20,
+    }
+    for name, size in (("a", 10), ("b", 5), ("c", 3)):
+        several = by_source[name]
+        for start in range(0, len(several) - size + 1, size):
+            assert len(set(several[start : start + size])) == size
+
+
+@pytest.mark.parametrize("num_workers", [1, 3])
+def test_a_mixture_goes_on_where_it_stood_to_the_bit(tmp_path: Path, num_workers: int) -> None:
+    whole = mixture(tmp_path, block_size=9)
+    batches, positions = [], []
+    for batch in itertools.islice(iter(whole), 20):
+        batches.append(batch)
+        positions.append(whole.position)
+    for start in (0, 3, 11):
+        position = Position.from_json(json.loads(json.dumps(positions[start].to_json())))
+        assert position == positions[start]
+        rest = mixture(tmp_path, block_size=9, num_workers=num_workers, position=position)
+        for place, batch in enumerate(itertools.islice(iter(rest), 8), start=start + 1):
+            assert same(batch, batches[place])
+            assert rest.position == positions[place]
+
+
+def test_a_mixture_is_dealt_anew_source_by_source(tmp_path: Path) -> None:
+    parts = [mixture(tmp_path, block_size=9, position=p) for p in start_positions(2)]
+    for part in parts:
+        take(part, 3)
+    positions = [part.position for part in parts]
+    dealt = deal_anew(positions, 3)
+    for source in range(3):
+        alone = deal_anew([position.sources[source] for position in positions], 3)
+        assert [position.sources[source] for position in dealt] == alone
+    assert sum(position.num_seen for position in dealt) == 30
+    read: Counter[str] = Counter()
+    for position in dealt:
+        read.update(texts(take(mixture(tmp_path, block_size=9, position=position), 12)))
+    assert len(read) == 18
+
+
+def test_ranks_share_each_source_of_a_mixture(tmp_path: Path) -> None:
+    """With shares as the sizes are, an epoch of all ranks ends in all sources at once."""
+    for name, words in (("a", WORDS[:4]), ("b", WORDS[4:])):
+        write(tmp_path / name, samples(words))
+    data = [WeightedData(str(tmp_path / "a")), WeightedData(str(tmp_path / "b"))]
+    transform = TrainTransform(16, 0.5, num_ops=0)
+    read = [
+        text
+        for position in start_positions(4)
+        for text in texts(
+            take(
+                PairStream(
+                    data, TOKENIZER, transform, batch_size=2, max_tokens=12, seed=0,
+                    position=position,
+                ),
+                1,
+            )
+        )
+    ]  # fmt: skip
+    assert sorted(read) == WORDS
+
+
+def test_weights_that_come_or_go_are_other_data(tmp_path: Path) -> None:
+    weighted = mixture(tmp_path)
+    take(weighted, 1)
+    with pytest.raises(ValueError, match="they had weights"):
+        take(stream(tmp_path / "a", position=weighted.position), 1)
+    with pytest.raises(ValueError, match="there were 3 sources and are 1"):
+        take(
+            PairStream(
+                [WeightedData(str(tmp_path / "a"))], TOKENIZER, TrainTransform(16, 0.5),
+                batch_size=2, max_tokens=12, seed=0, position=weighted.position,
+            ),
+            1,
+        )  # fmt: skip
+
+
+def test_a_source_without_a_usable_pair_is_named(tmp_path: Path) -> None:
+    write(tmp_path / "c", [Sample("x", jpeg())])
+    with pytest.raises(ValueError, match=r"no usable image-text pair in .*/c: no image has"):
+        take(mixture(tmp_path), 10)
+
+
+def test_one_caption_of_an_image_is_drawn_in_every_epoch(tmp_path: Path) -> None:
+    captions = [tuple(Caption(f"{word} {other}") for other in WORDS) for word in WORDS[:4]]
+    folder = write(
+        tmp_path, [Sample(f"k{i}", jpeg(), several) for i, several in enumerate(captions)]
+    )
+    whole = stream(folder, 4, captions="one")
+    batches, positions = [], []
+    for batch in itertools.islice(iter(whole), 6):
+        batches.append(batch)
+        positions.append(whole.position)
+    for batch in batches:
+        assert sorted(text.split()[0] for text in texts([batch])) == WORDS[:4]
+    assert len(set(texts(batches))) > 12
+    assert whole.count_pairs(100) == (4, False)
+    rest = stream(folder, 4, captions="one", num_workers=3, position=positions[2])
+    assert all(same(a, b) for a, b in zip(take(rest, 3), batches[3:], strict=True))

@@ -1,0 +1,129 @@
+"""What an entry of a shard holds: files of one key, or a table's row, as a `Sample`.
+
+A row has
+- its image as a path beside the table or a URL (`image`, `file_name`, `filepath`, `path`), as bytes
+  (`jpg`, `png`, `webp`, or `image` as the datasets library stores it) or as text (`image_base64`);
+- its captions as `captions`, `caption` or `text`;
+- its key as `key`, `image_id`, `img_id` or `id`, else its place in the table is taken.
+Further fields are the sample's meta.
+"""
+
+import base64
+import binascii
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+
+from openblip.data.remote import RemoteAbsentError
+from openblip.data.samples import Caption, CaptionSource, Sample
+from openblip.data.shards import Shard
+
+IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff"})
+
+_PATH_FIELDS = ("image", "file_name", "filepath", "path")
+_BYTES_FIELDS = ("jpg", "jpeg", "png", "webp", "image_bytes", "image")
+_KEY_FIELDS = ("key", "image_id", "img_id", "id")
+
+
+@dataclass(frozen=True)
+class BadSample:
+    """What cannot be used, and why."""
+
+    key: str
+    reason: str
+
+
+Build = Callable[[CaptionSource], Sample | BadSample]
+"""Makes what an entry of a shard holds; until it is called, nothing of it is parsed."""
+
+
+def build_sample(key: str, parts: Mapping[str, bytes], source: CaptionSource) -> Sample | BadSample:
+    """Build a sample from the files of one key, by extension: an image, `json` and `txt`."""
+    extension = next((name for name in parts if name in IMAGE_EXTENSIONS), None)
+    if extension is None:
+        return BadSample(key, "missing_image")
+    try:
+        captions, meta = _captions(parts.get("json"), parts.get("txt"), source)
+    except ValueError:
+        return BadSample(key, "bad_json")
+    return Sample(key.replace(".", "_"), parts[extension], captions, meta, extension)
+
+
+def _captions(
+    json_bytes: bytes | None, text_bytes: bytes | None, source: CaptionSource
+) -> tuple[tuple[Caption, ...], dict[str, object]]:
+    captions: tuple[Caption, ...] = ()
+    meta: dict[str, object] = {}
+    if json_bytes is not None:
+        captions, meta = _parse_fields(json.loads(json_bytes), source)
+    if text_bytes is not None and not captions:
+        text = text_bytes.decode("utf-8", errors="replace").strip()
+        captions = (Caption(text, source),) if text else ()
+    return captions, meta
+
+
+def _parse_fields(
+    value: object, source: CaptionSource
+) -> tuple[tuple[Caption, ...], dict[str, object]]:
+    if not isinstance(value, dict):
+        raise ValueError("expected a JSON object")
+    meta = dict(value)
+    given = meta.pop("captions", None)
+    if given is None:
+        one = meta.pop("caption", None)
+        if one is None:
+            one = meta.pop("text", None)
+        given = [] if one is None else one if isinstance(one, list) else [one]
+    if not isinstance(given, list):
+        raise ValueError("'captions' must be a list")
+    for caption in given:
+        if not isinstance(caption, str | dict):
+            raise ValueError("a caption must be a text or an object")
+    return tuple(Caption.from_json(caption, source) for caption in given), meta
+
+
+def read_row(shard: Shard, number: int, row: object, source: CaptionSource) -> Sample | BadSample:
+    """Build a sample from the fields of a table's row, None where it is not one.
+
+    number  place in the table, which names a row that has no key
+    Raises RemoteError if a remote image cannot be fetched; one that is absent makes a bad sample.
+    """
+    key = f"{shard.stem}_{number:08d}"
+    try:
+        captions, meta = _parse_fields(row, source)
+    except ValueError:
+        return BadSample(key, "bad_json" if shard.suffix == ".jsonl" else "bad_row")
+    for name in _KEY_FIELDS:
+        if name in meta:
+            key = str(meta.pop(name)).replace(".", "_")
+            break
+    if meta.get("status", "success") != "success":  # img2dataset's word for a failed download
+        return BadSample(key, "not_downloaded")
+    image: bytes | None = None
+    extension = "jpg"
+    try:
+        for name in _BYTES_FIELDS:
+            value = meta.get(name)
+            if isinstance(value, dict) and isinstance(value.get("bytes"), bytes):
+                value = value["bytes"]
+            if isinstance(value, bytes):
+                image, extension = value, name if name in IMAGE_EXTENSIONS else extension
+                del meta[name]
+                break
+        encoded = meta.pop("image_base64", None)
+        if image is None and isinstance(encoded, str):
+            image = base64.b64decode(encoded, validate=True)
+        for name in _PATH_FIELDS:
+            value = meta.get(name)
+            if image is None and isinstance(value, str):
+                del meta[name]
+                image = shard.read_beside(value)
+                extension = PurePosixPath(value).suffix[1:].lower() or extension
+    except (OSError, RemoteAbsentError):
+        return BadSample(key, "missing_image")
+    except binascii.Error:
+        return BadSample(key, "bad_base64")
+    if image is None:
+        return BadSample(key, "missing_image")
+    return Sample(key, image, captions, meta, extension)
