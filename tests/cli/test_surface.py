@@ -13,8 +13,9 @@ from openblip import __version__
 
 COMMANDS = [
     "", "quickstart", "draw", "bootstrap", "pretrain", "finetune", "finetune captioning",
-    "finetune retrieval", "capfilt", "capfilt run", "capfilt rethreshold", "capfilt report",
-    "evaluate", "evaluate retrieval", "evaluate captioning", "caption", "match", "convert",
+    "finetune retrieval", "finetune vqa", "capfilt", "capfilt run", "capfilt rethreshold",
+    "capfilt report", "evaluate", "evaluate retrieval", "evaluate captioning", "evaluate vqa",
+    "caption", "match", "ask", "questions", "convert",
 ]  # fmt: skip
 
 HELP_WITHOUT_TORCH = """
