@@ -1,6 +1,7 @@
-"""Keys and values that are computed once: of what a text looks at, and of tokens decoded so far.
+"""What a text looks at, and what a decoder remembers: keys and values, computed once.
 
-Letters: B images, R rows of text, T tokens decoded, N image positions, D width, H heads.
+Letters: B images, or questions where answers look at them, R rows of text, N positions, T tokens,
+D width, H heads.
 """
 
 from dataclasses import dataclass, field
