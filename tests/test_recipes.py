@@ -7,6 +7,7 @@ import pytest
 from openblip.capfilt.bootstrap import BootstrapRecipe
 from openblip.config import Recipe, dump_recipe, load_recipe
 from openblip.finetune.captioning import CaptioningRun
+from openblip.finetune.nlvr import NlvrRun
 from openblip.finetune.retrieval import RetrievalRun
 from openblip.finetune.vqa import VqaRun
 from openblip.pretrain import PretrainRecipe, PretrainRun
@@ -20,6 +21,8 @@ CLASSES: dict[str, type[Recipe]] = {
     "finetune_retrieval": RetrievalRun,
     "finetune_vqa": VqaRun,
     "vqa": VqaRun,
+    "finetune_nlvr": NlvrRun,
+    "nlvr": NlvrRun,
 }
 FILES = sorted(RECIPES.glob("*.yaml"))
 
@@ -31,9 +34,10 @@ def class_of(path: Path) -> type[Recipe]:
 
 
 def test_there_are_recipes() -> None:
-    assert {path.stem for path in FILES} >= set(CLASSES) - {"world", "vqa"} | {
+    assert {path.stem for path in FILES} >= set(CLASSES) - {"world", "vqa", "nlvr"} | {
         "world_cpu",
         "vqa_cpu",
+        "nlvr_cpu",
     }
 
 
@@ -68,3 +72,8 @@ def test_the_shipped_values_are_those_of_the_paper() -> None:
     run = load_recipe(VqaRun, RECIPES / "finetune_vqa.yaml")
     assert run.image_size_px == 480
     assert run.optimizer == VqaRun(data=("a",), init="b").optimizer
+    nlvr = load_recipe(NlvrRun, RECIPES / "finetune_nlvr.yaml")
+    assert nlvr.image_size_px == 384
+    assert nlvr.optimizer == NlvrRun(data=("a",), init="b").optimizer.model_copy(
+        update={"steps_per_epoch": nlvr.num_steps // 15}
+    )
