@@ -10,7 +10,8 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from openblip.models.text import Context, DecoderCache, SpecialTokens
+from openblip.models.context import Context, DecoderCache
+from openblip.models.text import SpecialTokens
 
 NEGLIGIBLE = -1e9
 """Starting score of all beams but the first, which would otherwise be its copies."""

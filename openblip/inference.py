@@ -17,7 +17,7 @@ from openblip.generation import Decoding, generate
 from openblip.images import decode_image, eval_transform
 from openblip.losses import text_losses
 from openblip.models.blip import Blip
-from openblip.models.text import Context
+from openblip.models.context import Context
 from openblip.models.vqa import Vqa
 from openblip.tokenizer import TokenBatch, Tokenizer
 

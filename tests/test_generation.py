@@ -9,7 +9,8 @@ import torch
 
 from openblip.generation import Decoding, Generated, generate
 from openblip.models.blip import Blip, BlipConfig
-from openblip.models.text import Context, MedConfig, SpecialTokens
+from openblip.models.context import Context
+from openblip.models.text import MedConfig, SpecialTokens
 from openblip.models.vision import VisionConfig
 
 TOKENS = SpecialTokens(pad=0, cls=1, sep=2, dec=8, enc=9)

@@ -10,7 +10,7 @@ from openblip.data.samples import Sample
 from openblip.data.sources import BadSample
 from openblip.evaluation.vqa_accuracy import vqa_accuracy
 from openblip.inference import Answer, encode_questions, read_image
-from openblip.models.text import Context
+from openblip.models.context import Context
 from openblip.models.vqa import Vqa
 from openblip.tokenizer import Tokenizer
 from openblip.training.log import ProgressLine

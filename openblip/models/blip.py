@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from openblip.models.text import Context, DecoderCache, Med, MedConfig, Role, SpecialTokens
+from openblip.models.context import Context, DecoderCache
+from openblip.models.text import Med, MedConfig, Role, SpecialTokens
 from openblip.models.vision import VisionConfig, VisionTransformer
 
 P = TypeVar("P")

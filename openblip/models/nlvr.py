@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from openblip.models.blip import Blip, check_keys, part_from_json, with_first
-from openblip.models.text import Context, ImageAttention, Med, MedConfig, SpecialTokens
+from openblip.models.context import Context
+from openblip.models.text import ImageAttention, Med, MedConfig, SpecialTokens
 from openblip.models.vision import VisionConfig, VisionTransformer
 
 FIRST_MERGE_LAYER = 6

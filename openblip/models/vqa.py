@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from openblip.models.blip import Blip, check_keys, part_from_json, with_first
-from openblip.models.text import Context, DecoderCache, Med, MedConfig, SpecialTokens
+from openblip.models.context import Context, DecoderCache
+from openblip.models.text import Med, MedConfig, SpecialTokens
 from openblip.models.vision import VisionConfig, VisionTransformer
 
 

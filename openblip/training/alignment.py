@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from openblip.losses import itc_loss, itm_loss, sample_hard_negatives, soft_targets
 from openblip.models.blip import Blip
-from openblip.models.text import Context
+from openblip.models.context import Context
 from openblip.training.distributed import world
 from openblip.training.momentum import FeatureQueue, MomentumTwin, QueueEntries
 

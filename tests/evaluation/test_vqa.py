@@ -11,7 +11,8 @@ from openblip.data.samples import Sample
 from openblip.evaluation.vqa import evaluate_vqa
 from openblip.evaluation.vqa_accuracy import normalise_answer, vqa_accuracy
 from openblip.inference import Answer, Candidates, rank_answers
-from openblip.models.text import Context, MedConfig
+from openblip.models.context import Context
+from openblip.models.text import MedConfig
 from openblip.models.vision import VisionConfig
 from openblip.models.vqa import Vqa, VqaConfig
 from openblip.tokenizer import Tokenizer

@@ -16,7 +16,7 @@ from openblip.generation import Decoding, generate
 from openblip.inference import Candidates, rank_answers
 from openblip.losses import text_losses, vqa_loss
 from openblip.models.blip import BlipConfig
-from openblip.models.text import Context
+from openblip.models.context import Context
 from openblip.models.vqa import Vqa, VqaConfig, vqa_from_blip
 from openblip.tokenizer import TokenBatch, Tokenizer
 
