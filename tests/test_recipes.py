@@ -10,6 +10,7 @@ from openblip.capfilt.bootstrap import BootstrapRecipe
 from openblip.config import Recipe, RecipeError, dump_recipe, load_recipe
 from openblip.data.sources import WeightedData, weights_of
 from openblip.finetune.captioning import CaptioningRun
+from openblip.finetune.nlvr import NlvrRun
 from openblip.finetune.reconstruction import ReconstructionRun
 from openblip.finetune.retrieval import RetrievalRun
 from openblip.finetune.vqa import VqaRun
@@ -27,6 +28,8 @@ CLASSES: dict[str, type[Recipe]] = {
     "retrieval": RetrievalRun,
     "finetune_vqa": VqaRun,
     "vqa": VqaRun,
+    "finetune_nlvr": NlvrRun,
+    "nlvr": NlvrRun,
 }
 FILES = sorted(RECIPES.glob("*.yaml"))
 
@@ -75,6 +78,11 @@ def test_the_shipped_values_are_those_of_the_paper() -> None:
     run = load_recipe(VqaRun, RECIPES / "finetune_vqa.yaml")
     assert run.image_size_px == 480
     assert run.optimizer == VqaRun(data=("a",), init="b").optimizer
+    nlvr = load_recipe(NlvrRun, RECIPES / "finetune_nlvr.yaml")
+    assert nlvr.image_size_px == 384
+    assert nlvr.optimizer == NlvrRun(data=("a",), init="b").optimizer.model_copy(
+        update={"steps_per_epoch": nlvr.num_steps // 15}
+    )
 
 
 def test_an_epoch_is_as_long_in_every_value_of_a_recipe() -> None:

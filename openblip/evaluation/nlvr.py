@@ -1,5 +1,6 @@
 """NLVR2: accuracy, and consistency, with the predictions that the official script reads."""
 
+import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,9 @@ from openblip.tokenizer import Tokenizer
 from openblip.training.log import ProgressLine
 
 MAX_SENTENCE_TOKENS = 128
-"""The released code cuts at 40 words alone; no sentence of NLVR2 has as many tokens."""
+"""Where a sentence is cut, which the released code does after 40 words alone."""
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,10 @@ def evaluate_nlvr(
     Raises ImageDecodeError for an image that is absent or bad.
     """
     size_px = nlvr.config.vision.image_size_px
+    max_tokens = min(MAX_SENTENCE_TOKENS, nlvr.config.text.max_positions)
+    sentences = [pair.sentence for pair in pairs]
+    if num_cut := tokenizer.encode_batch(sentences, max_tokens=max_tokens).num_truncated:
+        _log.warning("%d sentences are longer than %d tokens and were cut", num_cut, max_tokens)
     predictions: dict[str, bool] = {}
     with ProgressLine("judging", len(pairs), unit="sentences") as progress:
         for start in range(0, len(pairs), batch_size):
@@ -75,7 +82,7 @@ def evaluate_nlvr(
                 for pair in several
             ]
             keys = [pair.identifier for pair in several]
-            batch = collate_pairs(keys, several, images, tokenizer, MAX_SENTENCE_TOKENS)
+            batch = collate_pairs(keys, several, images, tokenizer, max_tokens)
             batch = batch.to(nlvr.device)
             context = nlvr.project_context(nlvr.encode_image(batch.images))
             states = nlvr.encode_pair(batch.token_ids, batch.text_mask, context)

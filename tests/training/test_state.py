@@ -1,5 +1,6 @@
 """A training that was stopped, however, ends as one that never was: weights, queue and log."""
 
+import json
 import os
 import signal
 from collections.abc import Callable
@@ -16,10 +17,12 @@ from openblip.data.sinks import ShardWriter
 from openblip.data.sources import kept_captions, list_shards, read_samples
 from openblip.data.world import WorldConfig, draw_world
 from openblip.finetune.captioning import CaptioningRecipe, finetune_captioning
+from openblip.finetune.nlvr import NlvrRecipe, finetune_nlvr
 from openblip.finetune.reconstruction import ReconstructionRecipe, reconstruction_training
 from openblip.finetune.retrieval import RetrievalRecipe, finetune_retrieval
 from openblip.finetune.vqa import VqaRecipe, finetune_vqa
 from openblip.models.blip import Blip
+from openblip.models.nlvr import Nlvr, nlvr_from_blip
 from openblip.models.vqa import Vqa, vqa_from_blip
 from openblip.pretrain import ModelRecipe, ObjectiveRecipe, PretrainRecipe, pretrain
 from openblip.tokenizer import Tokenizer
@@ -46,7 +49,7 @@ class Task:
     """A training of any kind: from a folder of data and its files to a model."""
 
     recipe: PairRecipe
-    train: Callable[[PairRecipe, Path, Tokenizer, TrainingFiles], Blip | Vqa]
+    train: Callable[[PairRecipe, Path, Tokenizer, TrainingFiles], Blip | Nlvr | Vqa]
 
 
 def run_pretrain(recipe, data, tokenizer, files):
@@ -76,6 +79,11 @@ def run_reconstruction(recipe, data, tokenizer, files):
     training = reconstruction_training(recipe, blip, [data / "human"], tokenizer)
     training.run(files, "reconstruction")
     return training.blip
+
+
+def run_nlvr(recipe, data, tokenizer, files):
+    nlvr = nlvr_from_blip(start(tokenizer, "pair"), first_merge_layer=0).nlvr
+    return finetune_nlvr(recipe, nlvr, [data / "pairs.jsonl"], tokenizer, files=files)
 
 
 def start(tokenizer: Tokenizer, *roles: str) -> Blip:
@@ -108,6 +116,7 @@ TASKS = {
         run_retrieval,
     ),
     "vqa": Task(VqaRecipe.model_validate(PAIRS), run_vqa),
+    "nlvr": Task(NlvrRecipe.model_validate(PAIRS), run_nlvr),
 }  # fmt: skip
 
 
@@ -120,6 +129,15 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
             texts = [caption.text for caption in sample.captions]
             qa = [{"question": text, "answers": text.split()} for text in texts]
             writer.write(replace(sample, captions=(), meta={"qa": qa * 2}))
+    samples = list(read_samples(*list_shards(folder / "web"), on_bad=lambda key, reason: None))
+    rows = []
+    for number, sample in enumerate(samples):
+        (folder / f"{sample.key}.jpg").write_bytes(sample.image_bytes)
+        images = [f"{one.key}.jpg" for one in (sample, samples[number - 1])]
+        rows.append(
+            {"sentence": sample.captions[0].text, "label": number % 2 == 0, "images": images}
+        )
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
 
