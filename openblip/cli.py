@@ -280,7 +280,7 @@ def refine(
 
     For a model with a reconstruction head: see `openblip finetune reconstruction`.
 
-    Prints the ITC cosines of the embedding before and after; with --json also the embedding, to
+    Prints the ITC cosines of the embedding before and after; as JSON also the embedding itself, to
     search images with.
     """
     from openblip.hub import load

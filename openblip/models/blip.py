@@ -184,27 +184,32 @@ class Blip(nn.Module):
 
         images                  (B, 3, S, S)
         token_ids, text_mask    (B, L) what is true of the image that is sought
-        Patches are hidden in one way after another and the [CLS] state predicted from the others
-        and the text. Of the embeddings the one is taken whose cosines with image and text have the
-        largest sum: it agrees with the text, and has changed least.
+        Patches are hidden in one way after another, and the [CLS] state is predicted from the
+        others with the text and with an empty one. The embedding is made of the prediction on which
+        the text has had most effect: there it tells of what is hidden.
         Raises ValueError if the model has no reconstruction head.
         """
         num_patches = self.config.vision.num_patches
         num_visible = self._require_reconstruction().num_visible(num_patches)
         class_states = self.encode_image(images)[:, :1]
-        text_states = self.encode_text(token_ids, text_mask)
+        tokens = self.config.tokens
+        empty = torch.tensor([[tokens.cls, tokens.sep]] * images.shape[0], device=images.device)
+        texts = [
+            (self.encode_text(ids, mask), mask)
+            for ids, mask in ((token_ids, text_mask), (empty, torch.ones_like(empty)))
+        ]
+        refined, effects = [], []
+        for visible in ways_to_see(num_patches, num_visible).to(images.device):
+            rows = visible.expand(images.shape[0], -1)
+            told, untold = (self.reconstruct(images, rows, *text)[:, :1] for text in texts)
+            refined.append(told)
+            effects.append((told - untold).square().mean(dim=2))
+        best = torch.cat(effects, dim=1).argmax(dim=1)
+        best_states = torch.cat(refined, dim=1)[torch.arange(len(best), device=best.device), best]
         # What normalising took away is taken from the image as it is.
         mean = class_states.mean(dim=2, keepdim=True)
         deviation = class_states.std(dim=2, keepdim=True, correction=0)
-        candidates = []
-        for visible in ways_to_see(num_patches, num_visible).to(images.device):
-            rows = visible.expand(images.shape[0], -1)
-            predicted = self.reconstruct(images, rows, text_states, text_mask)[:, :1]
-            candidates.append(self.embed_image(mean + deviation * predicted))
-        refined = torch.stack(candidates, dim=1)
-        wanted = self.embed_image(class_states) + self.embed_text(text_states)
-        best = (refined @ wanted[:, :, None]).argmax(dim=1, keepdim=True)
-        return refined.take_along_dim(best, dim=1).squeeze(1)
+        return self.embed_image(mean + deviation * best_states[:, None])
 
     def new_decoder_cache(self) -> DecoderCache:
         """Return the empty cache with which decoding starts."""
