@@ -41,7 +41,7 @@ def write_rows(path: Path, num: int) -> Path:
                 case ".jsonl":
                     file.write(json.dumps(row) + "\n")
                 case ".csv":
-                    file.write(("" if number else ",".join(row) + "\n"))
+                    file.write("" if number else ",".join(row) + "\n")
                     file.write(",".join(json.dumps(value) for value in row.values()) + "\n")
                 case _:
                     file.write(("," if number else "[") + json.dumps(row))
@@ -63,6 +63,7 @@ def test_memory_does_not_grow_with_an_annotation_file(kind: str, tmp_path: Path)
     assert held[1] - held[0] < MAX_GROWTH_MB
 
 
+@pytest.mark.slow
 def test_a_hundred_thousand_shards_are_ordered_at_once() -> None:
     start = time.process_time()
     shards = list_shards("http://host/{000000..099999}.tar")
