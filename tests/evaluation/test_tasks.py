@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from openblip.data.samples import Caption, Sample
-from openblip.evaluation.captioning import evaluate_captioning
+from openblip.evaluation.captioning import evaluate_captioning, predictions
 from openblip.evaluation.retrieval import evaluate_retrieval
 from openblip.generation import Decoding
 from openblip.images import ImageDecodeError
@@ -64,7 +64,19 @@ def test_every_image_is_captioned_by_its_key(model: tuple[Blip, Tokenizer]) -> N
     ]
     assert reports[0] == reports[1]
     assert list(reports[0].captions) == ["red", "green", "blue"]
-    assert reports[0].to_json()["scores"] == reports[0].scores.to_json()
+    scores = reports[0].scores
+    assert scores is not None
+    assert reports[0].to_json()["scores"] == scores.to_json()
+
+
+def test_a_test_set_is_captioned_for_a_server_and_not_scored(model: tuple[Blip, Tokenizer]) -> None:
+    bare = [Sample(key, jpeg("red")) for key in ("7", "007", "a7")]
+    report = evaluate_captioning(*model, bare, prompt="a", decoding=GREEDY)
+    assert report.scores is None
+    assert report.to_json() == {"captions": dict(report.captions)}
+    written = predictions(bare, report.captions)
+    assert [one["image_id"] for one in written] == [7, "007", "a7"]
+    assert [one["caption"] for one in written] == list(report.captions.values())
 
 
 def test_what_cannot_be_measured_is_refused(model: tuple[Blip, Tokenizer]) -> None:
