@@ -95,6 +95,6 @@ def evaluate_classification(
     by_class = {
         name: recalls(similarity[owners == number], is_match[owners == number])[0]
         for number, name in enumerate(labels.names)
-        if number in truth
+        if bool((owners == number).any())
     }
     return ClassificationReport(top_1, top_5, by_class, len(truth), len(folders), dict(unusable))
