@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "openblip"
 # The longest prefix that fits decides.
 LAYERS = {
     0: ["config", "captions", "data.samples", "data.sources", "data.sinks", "data.tar",
-        "data.annotations", "data.remote", "data.rows", "data.shards", "data.tables"],
+        "data.caption_files", "data.remote", "data.rows", "data.shards", "data.tables"],
     1: ["tokenizer", "images", "augment", "models", "losses", "generation"],
     2: ["data", "training", "page", "page_charts", "checkpoint", "convert", "hub", "inference",
         "convert_official", "convert_transformers", "convert_vocabulary", "convert_weights"],

@@ -1,6 +1,6 @@
 """Reading: data sets as `Sample`s, from tar shards, image folders, tables and annotation files.
 
-`data.rows` tells which fields of a table are understood, `data.annotations` which JSON formats,
+`data.rows` tells which fields of a table are understood, `data.caption_files` which JSON formats,
 `data.shards` how data sets are addressed, and `data.remote` how remote ones are fetched.
 
 What cannot be used is reported by key and reason, never raised and never lost silently. A shard
@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 
 from openblip.captions import clean_caption
-from openblip.data.annotations import json_entries
+from openblip.data.caption_files import json_entries
 from openblip.data.remote import is_remote, list_remote
 from openblip.data.rows import IMAGE_EXTENSIONS, BadSample, Build, build_sample
 from openblip.data.samples import CaptionSource, Sample

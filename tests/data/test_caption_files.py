@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 from openblip.captions import clean_caption
-from openblip.data import annotations
-from openblip.data.annotations import json_elements
+from openblip.data import caption_files
+from openblip.data.caption_files import json_elements
 from openblip.data.rows import BadSample
 from openblip.data.samples import Sample
 from openblip.data.sources import kept_texts, list_shards, read_part
@@ -176,7 +176,7 @@ def test_visual_genomes_regions_are_captions_of_their_image(tmp_path: Path) -> N
 def test_pieces_of_any_size_are_decoded_alike(
     size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(annotations, "CHUNK_CHARACTERS", size)
+    monkeypatch.setattr(caption_files, "CHUNK_CHARACTERS", size)
     path = tmp_path / "x.json"
     values = [1, 12.5, 'a " \\ é\n', None, [1, [2]], {"x": {"y": []}}, -3, True]
     for indent in (None, 1):
