@@ -354,7 +354,10 @@ def _ranked(
     start = torch.full((context.num_images, 1), vqa.config.tokens.dec, device=vqa.device)
     first = vqa.decode_step(start, vqa.new_decoder_cache(), context).float().softmax(dim=1)
     places = first[:, ids[:, 1]].topk(min(shortlist, len(candidates.texts)), dim=1).indices
-    chosen_ids, chosen_mask = ids[places].flatten(0, 1), mask[places].flatten(0, 1)
+    chosen_mask = mask[places].flatten(0, 1)
+    # One long answer of the list makes no other shortlist longer.
+    length = int(chosen_mask.sum(dim=1).max())
+    chosen_ids, chosen_mask = ids[places].flatten(0, 1)[:, :length], chosen_mask[:, :length]
     logits = vqa.decode(chosen_ids, chosen_mask, context).float()
     losses = text_losses(logits, chosen_ids, chosen_mask, label_smoothing=label_smoothing)
     best = losses.view(places.shape).min(dim=1)

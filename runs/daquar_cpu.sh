@@ -20,5 +20,6 @@ if [[ ! -d "$2/model" ]]; then
   "$python" -m openblip finetune vqa "$here/../recipes/vqa_cpu.yaml" \
     --set "data=[$sets/train.tar]" --out "$2/model"
 fi
-"$python" -m openblip evaluate vqa "$2/model" "$sets/val.tar" --answers "$sets/answers.txt"
+"$python" -m openblip evaluate vqa "$2/model" "$sets/val.tar" --answers "$sets/answers.txt" \
+  --shortlist 32
 echo "most frequent answer to each type of question: $(cat "$sets/baseline.json")"
