@@ -87,7 +87,6 @@ def evaluate_vqa(
     """
     from openblip.evaluation.vqa import evaluate_vqa as evaluate
     from openblip.hub import load_vqa
-    from openblip.images import ImageDecodeError
     from openblip.inference import ANSWER_DECODING, Candidates, rank_answers, write_answers
 
     candidates = None if answers is None else _read_answers(answers)
@@ -98,10 +97,7 @@ def evaluate_vqa(
     else:
         chosen = Candidates.of(candidates, tokenizer)
         give = partial(rank_answers, vqa, candidates=chosen, shortlist=shortlist)
-    try:
-        report = evaluate(vqa, tokenizer, _samples(shards), answer=give)
-    except ImageDecodeError as error:
-        raise ValueError(f"{data}: an image is unusable: {error}") from error
+    report = evaluate(vqa, tokenizer, _samples(shards), answer=give)
     if predictions is not None:
         predictions.parent.mkdir(parents=True, exist_ok=True)
         write_json_atomically(predictions, report.predictions())

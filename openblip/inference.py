@@ -25,6 +25,8 @@ MAX_TEXT_TOKENS = 35
 """Tokens of a text that is compared, judged or asked, [CLS] and [SEP] included (BLIP's recipes)."""
 MAX_ANSWER_TOKENS = 40
 """Tokens of an answer that can be chosen, [DEC] and [SEP] included."""
+RANKED_ROWS = 1024
+"""Candidate answers that are judged at a time: each has a vocabulary of logits for every token."""
 ANSWER_DECODING = Decoding(method="beam", num_beams=3, min_tokens=1, max_tokens=10)
 """As the released code answers."""
 
@@ -318,12 +320,24 @@ def rank_answers(
                      with 0.1, and so do the `log_probability`s that come back then
     Source: `rank_answer` of the released blip_vqa.py.
     """
-    ids, mask = candidates.tokens.token_ids.to(vqa.device), candidates.tokens.text_mask
-    num_questions, num_candidates = context.num_images, len(candidates.texts)
-    start = torch.full((num_questions, 1), vqa.config.tokens.dec, device=vqa.device)
+    rows = torch.arange(context.num_images, device=vqa.device)
+    at_once = max(1, RANKED_ROWS // min(shortlist, len(candidates.texts)))
+    answers: list[Answer] = []
+    for start in range(0, context.num_images, at_once):
+        part = context.select(rows[start : start + at_once])
+        answers += _ranked(vqa, part, candidates, shortlist, label_smoothing)
+    return answers
+
+
+def _ranked(
+    vqa: Vqa, context: Context, candidates: Candidates, shortlist: int, label_smoothing: float
+) -> list[Answer]:
+    ids = candidates.tokens.token_ids.to(vqa.device)
+    mask = candidates.tokens.text_mask.to(vqa.device)
+    start = torch.full((context.num_images, 1), vqa.config.tokens.dec, device=vqa.device)
     first = vqa.decode_step(start, vqa.new_decoder_cache(), context).float().softmax(dim=1)
-    places = first[:, ids[:, 1]].topk(min(shortlist, num_candidates), dim=1).indices
-    chosen_ids, chosen_mask = ids[places].flatten(0, 1), mask.to(vqa.device)[places].flatten(0, 1)
+    places = first[:, ids[:, 1]].topk(min(shortlist, len(candidates.texts)), dim=1).indices
+    chosen_ids, chosen_mask = ids[places].flatten(0, 1), mask[places].flatten(0, 1)
     logits = vqa.decode(chosen_ids, chosen_mask, context).float()
     losses = text_losses(logits, chosen_ids, chosen_mask, label_smoothing=label_smoothing)
     best = losses.view(places.shape).min(dim=1)

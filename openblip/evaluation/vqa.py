@@ -4,11 +4,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 
 import torch
+from torch import Tensor
 
 from openblip.data.questions import Question, read_questions
 from openblip.data.samples import Sample
 from openblip.data.sources import BadSample
 from openblip.evaluation.vqa_accuracy import vqa_accuracy
+from openblip.images import ImageDecodeError
 from openblip.inference import Answer, encode_questions, read_image
 from openblip.models.context import Context
 from openblip.models.vqa import Vqa
@@ -79,7 +81,7 @@ def evaluate_vqa(
 
     answer      how, of `inference`: `write_answers`, or `rank_answers` among candidates
     batch_size  images at a time, with all their questions
-    Raises ValueError for a sample without a question or with a bad one, and ImageDecodeError.
+    Raises ValueError for a sample without a question, or with a bad one or a bad image.
     """
     answered: list[Answered] = []
     batch: list[tuple[Sample, list[Question]]] = []
@@ -114,7 +116,7 @@ def _answered(
     answer: Callable[[Context], list[Answer]],
 ) -> list[Answered]:
     size_px = vqa.config.vision.image_size_px
-    images = torch.stack([read_image(sample.image_bytes, size_px) for sample, _ in batch])
+    images = torch.stack([_image(sample, size_px) for sample, _ in batch])
     texts = [[question.text for question in questions] for _, questions in batch]
     given = iter(answer(encode_questions(vqa, tokenizer, images, texts)))
     return [
@@ -128,3 +130,10 @@ def _answered(
         for sample, questions in batch
         for question in questions
     ]
+
+
+def _image(sample: Sample, size_px: int) -> Tensor:
+    try:
+        return read_image(sample.image_bytes, size_px)
+    except ImageDecodeError as error:
+        raise ValueError(f"sample {sample.key} is unusable: {error}") from error

@@ -10,7 +10,7 @@ from PIL import Image
 from openblip.data.samples import Sample
 from openblip.evaluation.vqa import evaluate_vqa
 from openblip.evaluation.vqa_accuracy import normalise_answer, vqa_accuracy
-from openblip.inference import Answer, Candidates, rank_answers
+from openblip.inference import Answer, Candidates, ask, encode_questions, rank_answers
 from openblip.models.context import Context
 from openblip.models.text import MedConfig
 from openblip.models.vision import VisionConfig
@@ -113,6 +113,9 @@ def test_every_question_is_answered_and_judged(vqa: Vqa, tokenizer: Tokenizer) -
     assert nameless.accuracy is None
     with pytest.raises(ValueError, match="1 questions have no question_id"):
         nameless.predictions()
+    dark = Sample("dark", b"x", meta={"question": "it"})
+    with pytest.raises(ValueError, match="sample dark is unusable: not_an_image"):
+        evaluate_vqa(vqa, tokenizer, [dark], answer=red)
     with pytest.raises(ValueError, match="sample a is unusable: no_question"):
         evaluate_vqa(vqa, tokenizer, [sample("a", {"answer": "x"})], answer=red)
 
@@ -131,3 +134,28 @@ def test_a_batch_answers_as_each_question_alone(vqa: Vqa, tokenizer: Tokenizer) 
         assert [a.answer for a in together.answers] == [a.answer for a in alone.answers]
     with pytest.raises(ValueError, match="no candidate"):
         Candidates.of([], tokenizer)
+
+
+def test_ranking_in_parts_is_ranking(
+    vqa: Vqa, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    candidates = Candidates.of(ANSWERS, tokenizer)
+    images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(3))
+    context = encode_questions(vqa, tokenizer, images, [["what?", "is it red?"], ["it"]])
+    whole = rank_answers(vqa, context, candidates, shortlist=4)
+    monkeypatch.setattr("openblip.inference.RANKED_ROWS", 8)
+    parts = rank_answers(vqa, context, candidates, shortlist=4)
+    assert [one.text for one in parts] == [one.text for one in whole]
+    for one, other in zip(parts, whole, strict=True):
+        assert one.log_probability == pytest.approx(other.log_probability, rel=1e-5)
+    with pytest.raises(ValueError, match="1 lists of questions for 2 images"):
+        encode_questions(vqa, tokenizer, images, [["it"]])
+    with pytest.raises(ValueError, match="no question"):
+        encode_questions(vqa, tokenizer, images, [[], []])
+
+
+def test_a_written_answer_has_its_own_log_probability(vqa: Vqa, tokenizer: Tokenizer) -> None:
+    image = sample("a").image_bytes
+    first, second = ask(vqa, tokenizer, image, ["what is it?", "what is (it)?"])
+    assert first == second
+    assert first.log_probability < 0
