@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -31,8 +31,13 @@ OPEN_UNITS = 4
 
 E = TypeVar("E")
 
-Read = Callable[[Shard, int, int, int], Iterator[Sample | BadSample]]
-"""Yields what a part of a shard holds: from shard, part, number of parts, and first entry."""
+
+class Read(Protocol):
+    """Yields what a part of a shard holds from an entry on, as `data.sources.read_part` does."""
+
+    def __call__(
+        self, shard: Shard, part: int, num_parts: int, *, first: int
+    ) -> Iterator[Sample | BadSample]: ...
 
 
 @dataclass(frozen=True)
@@ -200,7 +205,7 @@ class BlockReader(Generic[E]):
 
     def _open(self, unit: int, first: int) -> Iterator[Sample | BadSample]:
         shard, part = self._place_of(unit)
-        return self._read_part(shard, part, self._num_parts, first)
+        return self._read_part(shard, part, self._num_parts, first=first)
 
     def _place_of(self, unit: int) -> tuple[Shard, int]:
         """Return shard and part of it that a unit is."""

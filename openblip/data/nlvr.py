@@ -200,7 +200,7 @@ class NlvrStream(SampleStream[NlvrPair, NlvrBatch]):
         self.max_tokens, self.max_words = max_tokens, max_words
 
     def read(
-        self, shard: Shard, part: int, num_parts: int, first: int
+        self, shard: Shard, part: int, num_parts: int, *, first: int
     ) -> Iterator[Sample | BadSample]:
         if shard.is_remote:
             raise ValueError(f"{shard}: sentences about two images are read from local files alone")

@@ -113,7 +113,7 @@ class SampleStream(ABC, Generic[E, B]):
         ]
 
     def read(
-        self, shard: Shard, part: int, num_parts: int, first: int
+        self, shard: Shard, part: int, num_parts: int, *, first: int
     ) -> Iterator[Sample | BadSample]:
         """Read a part of a shard from an entry on, as `data.sources` does."""
         return read_part(shard, part, num_parts, first=first)

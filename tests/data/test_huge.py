@@ -8,23 +8,25 @@ from pathlib import Path
 
 import pytest
 
-from openblip.data.blocks import BlockOptions, BlockReader
+from openblip.data.blocks import BlockReader, BlockSize
 from openblip.data.position import Position
-from openblip.data.sources import list_shards
+from openblip.data.shards import Shard
+from openblip.data.sources import kept_texts, list_shards, read_part
 
 MAX_GROWTH_MB = 30
 """Between a file and one that is five times as long; a block of its rows takes less."""
 
 READ_AN_EPOCH = """
 import resource, sys
-from openblip.data.blocks import BlockOptions, BlockReader
+from openblip.data.blocks import BlockReader, BlockSize
 from openblip.data.position import Position
-from openblip.data.sources import list_shards
+from openblip.data.sources import kept_texts, list_shards, read_part
 
-reader = BlockReader(list_shards(sys.argv[1]), BlockOptions(num_samples=2048), 0)
+shards, size = list_shards(sys.argv[1]), BlockSize(num_samples=2048)
+reader = BlockReader(shards, size, 0, read_part, lambda sample, epoch: kept_texts(sample, 50))
 num = 0
 for loaded in reader.blocks(Position()):
-    num += len(loaded.pairs)
+    num += len(loaded.examples)
     if loaded.behind.next_unit >= reader.num_units and not loaded.behind.units:
         break
 print(num, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
@@ -49,6 +51,11 @@ def write_rows(path: Path, num: int) -> Path:
     return path
 
 
+def new_reader(shards: list[Shard], num_samples: int = 8192) -> BlockReader[str]:
+    size = BlockSize(num_samples=num_samples)
+    return BlockReader(shards, size, 0, read_part, lambda sample, epoch: kept_texts(sample, 50))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "json"])
 def test_memory_does_not_grow_with_an_annotation_file(kind: str, tmp_path: Path) -> None:
@@ -67,7 +74,7 @@ def test_memory_does_not_grow_with_an_annotation_file(kind: str, tmp_path: Path)
 def test_a_hundred_thousand_shards_are_ordered_at_once() -> None:
     start = time.process_time()
     shards = list_shards("http://host/{000000..099999}.tar")
-    reader = BlockReader(shards, BlockOptions(), 0)
+    reader = new_reader(shards)
     assert (len(shards), reader.num_units) == (100_000, 100_000)
     places = {reader._place_of(unit)[0].name for unit in range(0, 100_000, 10)}
     assert len(places) == 10_000
@@ -76,8 +83,8 @@ def test_a_hundred_thousand_shards_are_ordered_at_once() -> None:
 
 def test_a_part_that_was_read_long_ago_is_gone_on_with_in_the_middle(tmp_path: Path) -> None:
     [shard] = list_shards(write_rows(tmp_path / "x.jsonl", 4000))
-    reader = BlockReader([shard], BlockOptions(num_samples=8), 0)
+    reader = new_reader([shard], num_samples=8)
     behind = Position(units=tuple((unit, 900) for unit in range(4)), next_unit=4, num_units=4)
     loaded = next(reader.blocks(behind))
     assert loaded.block.ranges == tuple((unit, 900, 2) for unit in range(4))
-    assert len({pair.key for pair in loaded.pairs}) == 8
+    assert len({placed.key for placed in loaded.examples}) == 8
