@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from openblip.data.samples import Caption, Sample
+from openblip.data.shards import Shard
 from openblip.data.sinks import ShardWriter
 from openblip.data.sources import list_shards, read_samples
 
@@ -41,14 +42,14 @@ def main(data: Path, out: Path) -> None:
         print(f"{name}: {len(several)} images, {sum(len(s.captions) for s in several)} captions")
 
 
-def shards(folder: Path, split: str) -> list[Path]:
+def shards(folder: Path, split: str) -> list[Shard]:
     found = [shard for shard in list_shards(folder) if f"-{split}-" in shard.name]
     if not found:
         raise SystemExit(f"{folder} holds no flickr8k-{split}-*.tar")
     return found
 
 
-def samples(shard: Path) -> Iterator[Sample]:
+def samples(shard: Shard) -> Iterator[Sample]:
     def refuse(key: str, reason: str) -> None:
         raise SystemExit(f"{shard}: {key}: {reason}")
 
