@@ -75,12 +75,12 @@ def save_checkpoint(folder: str | Path, model: Model, tokenizer: Tokenizer, card
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def replace_checkpoint(folder: Path, blip: Blip, tokenizer: Tokenizer, card: str) -> None:
+def replace_checkpoint(folder: Path, model: Model, tokenizer: Tokenizer, card: str) -> None:
     """Write a model as `save_checkpoint` does, in place of what is there."""
     new, old = (folder.with_name(f"{folder.name}.{which}") for which in ("new", "old"))
     for left in (new, old):
         shutil.rmtree(left, ignore_errors=True)
-    save_checkpoint(new, blip, tokenizer, card)
+    save_checkpoint(new, model, tokenizer, card)
     if folder.exists():
         folder.rename(old)
     new.rename(folder)

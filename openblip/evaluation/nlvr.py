@@ -62,10 +62,16 @@ def read_all_pairs(data: Path) -> list[NlvrPair]:
 
 @torch.no_grad()
 def evaluate_nlvr(
-    nlvr: Nlvr, tokenizer: Tokenizer, pairs: list[NlvrPair], *, batch_size: int = 32
+    nlvr: Nlvr,
+    tokenizer: Tokenizer,
+    pairs: list[NlvrPair],
+    *,
+    batch_size: int = 32,
+    is_silent: bool = False,
 ) -> NlvrReport:
     """Judge every sentence, and measure how many judgements are right.
 
+    is_silent  tell no progress
     Raises ImageDecodeError for an image that is absent or bad.
     """
     size_px = nlvr.config.vision.image_size_px
@@ -74,7 +80,7 @@ def evaluate_nlvr(
     if num_cut := tokenizer.encode_batch(sentences, max_tokens=max_tokens).num_truncated:
         _log.warning("%d sentences are longer than %d tokens and were cut", num_cut, max_tokens)
     predictions: dict[str, bool] = {}
-    with ProgressLine("judging", len(pairs), unit="sentences") as progress:
+    with ProgressLine("judging", len(pairs), unit="sentences", is_silent=is_silent) as progress:
         for start in range(0, len(pairs), batch_size):
             several = pairs[start : start + batch_size]
             images = [

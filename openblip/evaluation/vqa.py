@@ -76,16 +76,18 @@ def evaluate_vqa(
     *,
     answer: Callable[[Context], list[Answer]],
     batch_size: int = 16,
+    is_silent: bool = False,
 ) -> VqaReport:
     """Answer every question of all samples, and compare with the answers that they have.
 
     answer      how, of `inference`: `write_answers`, or `rank_answers` among candidates
     batch_size  images at a time, with all their questions
+    is_silent   tell no progress
     Raises ValueError for a sample without a question, or with a bad one or a bad image.
     """
     answered: list[Answered] = []
     batch: list[tuple[Sample, list[Question]]] = []
-    with ProgressLine("questions", None, unit="images") as progress:
+    with ProgressLine("questions", None, unit="images", is_silent=is_silent) as progress:
         for sample in samples:
             batch.append((sample, questions_of(sample)))
             if len(batch) == batch_size:

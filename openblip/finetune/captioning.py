@@ -12,6 +12,7 @@ from openblip.data.batches import ImageTextBatch
 from openblip.data.samples import Sample
 from openblip.data.sources import Data
 from openblip.evaluation.captioning import evaluate_captioning
+from openblip.generation import Decoding
 from openblip.losses import lm_loss
 from openblip.models.blip import Blip
 from openblip.tokenizer import Tokenizer
@@ -70,7 +71,12 @@ def captioning_training(
         blip: Blip, tokenizer: Tokenizer, samples: Sequence[Sample], how: EvaluatingRecipe
     ) -> Scores:
         scores = evaluate_captioning(
-            blip, tokenizer, samples, prompt=recipe.prompt, decoding=how.decoding, is_silent=True
+            blip,
+            tokenizer,
+            samples,
+            prompt=recipe.prompt,
+            decoding=how.decoding or Decoding(),
+            is_silent=True,
         ).scores
         assert scores is not None
         # The released code's choice of the best epoch.

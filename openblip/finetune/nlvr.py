@@ -11,11 +11,15 @@ from pydantic import Field, model_validator
 from torch.nn import functional as F
 
 from openblip.checkpoint import check_is_free, initialise_from, save_run
-from openblip.data.nlvr import NlvrBatch, NlvrStream, read_pairs
+from openblip.data.nlvr import NlvrBatch, NlvrPair, NlvrStream, read_pairs
 from openblip.data.rows import BadSample
+from openblip.evaluation.nlvr import evaluate_nlvr, read_all_pairs
 from openblip.hub import load
+from openblip.images import ImageDecodeError, decode_image
 from openblip.models.nlvr import FIRST_MERGE_LAYER, Nlvr, NlvrConfig, nlvr_from_blip
 from openblip.tokenizer import Tokenizer
+from openblip.training.best import Evaluation, Scores
+from openblip.training.distributed import world
 from openblip.training.loop import StepOutput, TrainingStep
 from openblip.training.new_model import ModelRecipe
 from openblip.training.optim import OptimizerRecipe
@@ -102,6 +106,41 @@ class NlvrTraining(Training[NlvrBatch]):
             max_bad_fraction=recipe.max_bad_fraction,
             position=start_position(),
         )
+
+    def evaluation(self, folder: Path) -> Evaluation | None:
+        """Prepare what the recipe says; the best model by accuracy goes to `folder`.
+
+        Source: the released code's choice of the best epoch.
+        Raises ValueError for data that the model cannot be evaluated on.
+        """
+        how = self.recipe.evaluation
+        if how is None:
+            return None
+        pairs = _usable_pairs(how.data) if world().is_first else []
+
+        def measure() -> Scores:
+            report = evaluate_nlvr(self.nlvr, self.tokenizer, pairs, is_silent=True)
+            assert report.accuracy is not None
+            return Scores({"accuracy": report.accuracy}, report.accuracy)
+
+        return self.evaluating(how, folder, self.nlvr, self.tokenizer, measure)
+
+
+def _usable_pairs(data: Sequence[str]) -> list[NlvrPair]:
+    """Read pairs to evaluate on, all of them now: a bad one must not end a long training.
+
+    Raises ValueError naming the first that is unusable.
+    """
+    pairs = [pair for path in data for pair in read_all_pairs(Path(path))]
+    for pair in pairs:
+        if pair.label is None:
+            raise ValueError(f"evaluation.data: {pair.identifier} has no label")
+        try:
+            for content in pair.read_images():
+                decode_image(content)
+        except ImageDecodeError as error:
+            raise ValueError(f"evaluation.data: {pair.identifier} is unusable: {error}") from error
+    return pairs
 
 
 def nlvr_training(

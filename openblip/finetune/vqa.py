@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -11,15 +12,26 @@ from pydantic import Field, model_validator
 
 from openblip.checkpoint import check_is_free, initialise_from, save_run
 from openblip.data.questions import VqaBatch, VqaStream, question_texts
+from openblip.data.samples import Sample
 from openblip.data.sources import Data, WeightedData, check_data
+from openblip.evaluation.vqa import evaluate_vqa, questions_of
 from openblip.hub import is_vqa, load, load_vqa
+from openblip.inference import ANSWER_DECODING, write_answers
 from openblip.losses import text_losses, vqa_loss
 from openblip.models.vqa import Vqa, VqaConfig, vqa_from_blip
 from openblip.tokenizer import Tokenizer
+from openblip.training.best import Evaluation, Scores
+from openblip.training.distributed import world
 from openblip.training.loop import StepOutput, TrainingStep
 from openblip.training.new_model import ModelRecipe
 from openblip.training.optim import OptimizerRecipe
-from openblip.training.pairs import PairRecipe, Training, start_position, train_transform
+from openblip.training.pairs import (
+    PairRecipe,
+    Training,
+    start_position,
+    train_transform,
+    usable_samples,
+)
 from openblip.training.state import TrainingFiles
 
 _log = logging.getLogger(__name__)
@@ -118,6 +130,32 @@ class VqaTraining(Training[VqaBatch]):
             max_bad_fraction=recipe.max_bad_fraction,
             position=start_position(),
         )
+
+    def evaluation(self, folder: Path) -> Evaluation | None:
+        """Prepare what the recipe says; the best model by accuracy goes to `folder`.
+
+        Answers are written, not chosen, and scored as the VQA challenge does.
+        Raises ValueError for data that the model cannot be evaluated on.
+        """
+        how = self.recipe.evaluation
+        if how is None:
+            return None
+        samples = usable_samples(how.data, _check_answers) if world().is_first else []
+        decoding = how.decoding or ANSWER_DECODING
+        give = partial(write_answers, self.vqa, self.tokenizer, decoding=decoding)
+
+        def measure() -> Scores:
+            report = evaluate_vqa(self.vqa, self.tokenizer, samples, answer=give, is_silent=True)
+            assert report.accuracy is not None
+            return Scores({"accuracy": report.accuracy}, report.accuracy)
+
+        return self.evaluating(how, folder, self.vqa, self.tokenizer, measure)
+
+
+def _check_answers(sample: Sample) -> str | None:
+    """Return what a sample lacks to be scored, if anything."""
+    questions = questions_of(sample)
+    return None if all(one.references for one in questions) else "a question has no answer"
 
 
 def vqa_training(

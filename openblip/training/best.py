@@ -23,16 +23,16 @@ class EvaluatingRecipe(Recipe):
     """When and on what a model is evaluated as it is trained; the last step always is.
 
     every_steps  optimizer steps
-    data         data sets of any kind that `data.sources` reads, held in memory; every caption is
+    data         data sets of any kind that the training reads, held in memory; every caption is
                  a reference, and a text of its own in retrieval
     shortlist    texts and images that ITM re-ranks in retrieval fine-tuning
-    decoding     of captions
+    decoding     of captions or answers; None: with three beams, as long as the task has them
     """
 
     every_steps: int = Field(ge=1)
     data: tuple[str, ...] = Field(min_length=1)
     shortlist: int = Field(128, ge=1)
-    decoding: Decoding = Decoding(method="beam", num_beams=3)
+    decoding: Decoding | None = None
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any, Generic, Self, TypeVar
 
 from pydantic import Field, model_validator
 
-from openblip.checkpoint import replace_checkpoint
+from openblip.checkpoint import Model, replace_checkpoint
 from openblip.config import Recipe, dump_recipe
 from openblip.data.batches import Batch, ImageTextBatch
 from openblip.data.pairs import CaptionChoice, PairStream
@@ -150,6 +150,26 @@ class Training(ABC, Generic[B]):
             raise ValueError("evaluation: this task has none; leave it out of the recipe")
         return None
 
+    def evaluating(
+        self,
+        how: EvaluatingRecipe,
+        folder: Path,
+        model: Model,
+        tokenizer: Tokenizer,
+        measure: Callable[[], Scores],
+    ) -> Evaluation:
+        """Return an evaluation that keeps the best model so far as the checkpoint `folder`."""
+
+        def keep(num_steps: int, scores: Scores) -> None:
+            card = (
+                f"# {folder.name}\n\nThe best model so far of a training by openblip, after "
+                f"{num_steps} steps: {scores.to_json()}.\n\n"
+                f"## Recipe\n\n```yaml\n{dump_recipe(self.recipe)}```\n"
+            )
+            replace_checkpoint(folder, model, tokenizer, card)
+
+        return Evaluation(how.every_steps, measure, keep)
+
     def dry_run(self) -> DryRun:
         """Say what it would cost, from a few steps that are thrown away."""
         return dry_run(
@@ -201,20 +221,13 @@ class PairTraining(Training[ImageTextBatch]):
         recipe, measure = self.recipe.evaluation, self.measure
         if recipe is None or measure is None:
             return super().evaluation(folder)
-        samples = _usable_samples(recipe.data) if world().is_first else []
-
-        def keep(num_steps: int, scores: Scores) -> None:
-            card = (
-                f"# {folder.name}\n\nThe best model so far of a training by openblip, after "
-                f"{num_steps} steps: {scores.to_json()}.\n\n"
-                f"## Recipe\n\n```yaml\n{dump_recipe(self.recipe)}```\n"
-            )
-            replace_checkpoint(folder, self.blip, self.tokenizer, card)
-
-        return Evaluation(
-            recipe.every_steps,
+        samples = usable_samples(recipe.data, _lacks_caption) if world().is_first else []
+        return self.evaluating(
+            recipe,
+            folder,
+            self.blip,
+            self.tokenizer,
             lambda: measure(self.blip, self.tokenizer, samples, recipe),
-            keep,
         )
 
 
@@ -234,9 +247,10 @@ def start_position() -> Position:
     return start_positions(world().size)[world().rank]
 
 
-def _usable_samples(data: Sequence[str]) -> list[Sample]:
+def usable_samples(data: Sequence[str], lack: Callable[[Sample], str | None]) -> list[Sample]:
     """Read samples to evaluate on, all of them now: a bad one must not end a long training.
 
+    lack  returns what a sample lacks, if anything
     Raises ValueError naming the first that is unusable.
     """
 
@@ -252,10 +266,14 @@ def _usable_samples(data: Sequence[str]) -> list[Sample]:
     if not samples:
         raise ValueError(f"evaluation.data: there is no sample in {', '.join(data)}")
     for sample in samples:
-        if not sample.captions:
-            refuse(sample.key, "it has no caption")
+        if (reason := lack(sample)) is not None:
+            refuse(sample.key, reason)
         try:
             decode_image(sample.image_bytes)
         except ImageDecodeError as error:
             refuse(sample.key, str(error))
     return samples
+
+
+def _lacks_caption(sample: Sample) -> str | None:
+    return None if sample.captions else "it has no caption"

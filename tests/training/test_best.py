@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,21 +10,32 @@ import pytest
 import torch
 from torch import Tensor
 
-from openblip.checkpoint import load_checkpoint, model_id
+from openblip.checkpoint import (
+    Model,
+    load_checkpoint,
+    load_nlvr_checkpoint,
+    load_vqa_checkpoint,
+    model_id,
+)
+from openblip.data.sinks import ShardWriter
 from openblip.data.sources import kept_captions, list_shards, read_samples
 from openblip.data.world import WorldConfig, draw_world
 from openblip.evaluation.captioning import evaluate_captioning
 from openblip.evaluation.retrieval import evaluate_retrieval
 from openblip.finetune.captioning import CaptioningRecipe, captioning_training
+from openblip.finetune.nlvr import NlvrRecipe, nlvr_training
 from openblip.finetune.retrieval import RetrievalRecipe, retrieval_training
+from openblip.finetune.vqa import VqaRecipe, vqa_training
 from openblip.generation import Decoding
 from openblip.models.blip import Blip
+from openblip.models.nlvr import Nlvr, nlvr_from_blip
+from openblip.models.vqa import Vqa, vqa_from_blip
 from openblip.pretrain import ModelRecipe, ObjectiveRecipe, PretrainRecipe, pretraining
 from openblip.tokenizer import Tokenizer
 from openblip.training import loop
 from openblip.training.alignment import AlignmentConfig
 from openblip.training.best import BestSoFar, Evaluation, Scores
-from openblip.training.pairs import PairRecipe, PairTraining
+from openblip.training.pairs import PairRecipe, Training
 from openblip.training.state import TrainingFiles
 
 DECODING = Decoding("greedy", min_tokens=1, max_tokens=6)
@@ -49,8 +60,10 @@ def start(tokenizer: Tokenizer, *roles: str) -> Blip:
 @dataclass(frozen=True)
 class Task:
     recipe: PairRecipe
-    prepare: Callable[[Any, Path, Tokenizer], PairTraining]
+    prepare: Callable[[Any, Path, Tokenizer], Training[Any]]
     names: set[str]
+    evaluated_on: str = "test"
+    load: Callable[[Path], tuple[Model, Tokenizer]] = load_checkpoint
 
 
 RECALLS = {f"{way}_at_{k}" for way in ("tr", "ir") for k in (1, 5, 10)}
@@ -71,6 +84,26 @@ TASKS = {
         ),
         {"bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l", "cider"},
     ),
+    "vqa": Task(
+        VqaRecipe.model_validate(PAIRS),
+        lambda recipe, data, tokenizer: vqa_training(
+            recipe, vqa_from_blip(start(tokenizer, "pair", "decode")).vqa, [data / "asked.tar"],
+            tokenizer,
+        ),
+        {"accuracy"},
+        "asked.tar",
+        load_vqa_checkpoint,
+    ),
+    "nlvr": Task(
+        NlvrRecipe.model_validate(PAIRS),
+        lambda recipe, data, tokenizer: nlvr_training(
+            recipe, nlvr_from_blip(start(tokenizer, "pair"), first_merge_layer=0).nlvr,
+            [data / "pairs.jsonl"], tokenizer,
+        ),
+        {"accuracy"},
+        "pairs.jsonl",
+        load_nlvr_checkpoint,
+    ),
     "retrieval": Task(
         RetrievalRecipe.model_validate(
             {**PAIRS, "alignment": AlignmentConfig("image", "online", **ALIGNMENT)}
@@ -87,6 +120,17 @@ TASKS = {
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("world")
     draw_world(WorldConfig(num_web=24, num_human=9, num_test=5, seed=1), folder)
+    samples = list(read_samples(*list_shards(folder / "web"), on_bad=lambda key, reason: None))
+    rows = []
+    with ShardWriter(folder / "asked.tar") as writer:
+        for number, sample in enumerate(samples):
+            text = sample.captions[0].text
+            qa = [{"question": text, "answers": text.split()}]
+            writer.write(replace(sample, captions=(), meta={"qa": qa}))
+            (folder / f"{sample.key}.jpg").write_bytes(sample.image_bytes)
+            images = [f"{one.key}.jpg" for one in (sample, samples[number - 1])]
+            rows.append({"sentence": text, "label": number % 2 == 0, "images": images})
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
 
@@ -97,13 +141,17 @@ def tokenizer(data: Path) -> Tokenizer:
 
 def evaluated(recipe: PairRecipe, data: Path) -> PairRecipe:
     evaluation = {
-        "every_steps": 2, "data": (str(data / "test"),), "decoding": DECODING, "shortlist": 3,
+        "every_steps": 2, "data": (str(data),), "decoding": DECODING, "shortlist": 3,
     }  # fmt: skip
     return type(recipe).model_validate({**dict(recipe), "evaluation": evaluation})
 
 
-def state_of(training: PairTraining) -> dict[str, Tensor]:
+def state_of(training: Training[Any]) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in training.step.state_dict().items()}
+
+
+def model_of(training: Training[Any]) -> Model:
+    return next(m for m in training.step.modules() if isinstance(m, Blip | Nlvr | Vqa))
 
 
 def lines_of(files: TrainingFiles) -> list[dict[str, Any]]:
@@ -124,7 +172,7 @@ def test_it_leaves_no_trace_and_survives_a_stop(
     )
     plain = task.prepare(task.recipe, data, tokenizer)
     plain.run(plain_files, name)
-    recipe = evaluated(task.recipe, data)
+    recipe = evaluated(task.recipe, data / task.evaluated_on)
     whole = task.prepare(recipe, data, tokenizer)
     whole.run(files, name)
     expected, found = state_of(plain), state_of(whole)
@@ -137,9 +185,9 @@ def test_it_leaves_no_trace_and_survives_a_stop(
     assert all(one.keys() == task.names | {"criterion"} for one in scores.values())
 
     best_step = max(scores, key=lambda step: scores[step]["criterion"])
-    best, _ = load_checkpoint(files.best)
+    best, _ = task.load(files.best)
     assert f"after {best_step + 1} steps" in (files.best / "README.md").read_text()
-    assert (model_id(best) == model_id(whole.blip)) == (best_step == 5)
+    assert (model_id(best) == model_id(model_of(whole))) == (best_step == 5)
     assert "Measured 3 times" in files.log.with_suffix(".html").read_text()
 
     advance = loop.ProgressLine.advance
@@ -156,7 +204,7 @@ def test_it_leaves_no_trace_and_survives_a_stop(
                 task.prepare(recipe, data, tokenizer).run(stopped_files, name)
     task.prepare(recipe, data, tokenizer).run(stopped_files, name)
     assert stopped_files.log.read_bytes() == files.log.read_bytes()
-    assert model_id(load_checkpoint(stopped_files.best)[0]) == model_id(best)
+    assert model_id(task.load(stopped_files.best)[0]) == model_id(best)
 
 
 def test_the_scores_are_those_of_the_kept_model(
@@ -166,7 +214,7 @@ def test_the_scores_are_those_of_the_kept_model(
     samples = list(read_samples(shard, on_bad=lambda key, reason: pytest.fail(reason)))
     for name in ("captioning", "retrieval"):
         files = TrainingFiles.beside(tmp_path / name)
-        recipe = evaluated(TASKS[name].recipe, data).model_copy(update={"num_steps": 2})
+        recipe = evaluated(TASKS[name].recipe, data / "test").model_copy(update={"num_steps": 2})
         TASKS[name].prepare(recipe, data, tokenizer).run(files, name)
         [scores] = [line["evaluation"] for line in lines_of(files) if "evaluation" in line]
         blip, own = load_checkpoint(files.best)
