@@ -20,11 +20,13 @@ RECIPES = {
     "finetune reconstruction": "init: {base}\n",
     "finetune retrieval": f"init: {{base}}\n{QUEUE}\n",
     "finetune vqa": "init: {base}\n",
+    "finetune nlvr": "init: {base}\nfirst_merge_layer: 0\n",
 }
+DATA = {"finetune vqa": "asked.tar", "finetune nlvr": "pairs.jsonl"}
 
 
 def recipe_of(command: str, world: Path, base: Path) -> str:
-    data = world / ("asked.tar" if command == "finetune vqa" else "web")
+    data = world / DATA.get(command, "web")
     return f"data: [{data}]\n" + COMMON + RECIPES[command].replace("{base}", str(base))
 
 
