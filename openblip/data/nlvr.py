@@ -13,18 +13,18 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Unpack
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from openblip.captions import clean_caption, has_left_or_right
-from openblip.data.position import Position
 from openblip.data.rows import BadSample
 from openblip.data.samples import Sample
 from openblip.data.shards import Shard
 from openblip.data.sources import Data
-from openblip.data.stream import SampleStream
+from openblip.data.stream import SampleStream, StreamOptions
 from openblip.images import ImageDecodeError, TrainTransform, decode_image
 from openblip.tokenizer import Tokenizer
 
@@ -177,25 +177,12 @@ class NlvrStream(SampleStream[NlvrPair, NlvrBatch]):
         tokenizer: Tokenizer,
         transform: TrainTransform,
         *,
-        batch_size: int,
         max_tokens: int,
-        seed: int,
         max_words: int = 40,
-        block_size: int = 8192,
-        num_workers: int = 1,
-        max_bad_fraction: float = 1.0,
-        position: Position | None = None,
+        **options: Unpack[StreamOptions],
     ) -> None:
         """Raises ValueError if something in `data` is no data set."""
-        super().__init__(
-            data,
-            batch_size=batch_size,
-            seed=seed,
-            block_size=block_size,
-            num_workers=num_workers,
-            max_bad_fraction=max_bad_fraction,
-            position=position,
-        )
+        super().__init__(data, **options)
         self.tokenizer, self.transform = tokenizer, transform
         self.max_tokens, self.max_words = max_tokens, max_words
 

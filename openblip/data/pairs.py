@@ -2,18 +2,17 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Unpack
 
 import numpy as np
 from torch import Tensor
 
 from openblip.captions import has_left_or_right
 from openblip.data.batches import ImageTextBatch, collate, stable_id
-from openblip.data.position import Position
 from openblip.data.rows import BadSample
 from openblip.data.samples import Sample
 from openblip.data.sources import Data, kept_texts
-from openblip.data.stream import SampleStream
+from openblip.data.stream import SampleStream, StreamOptions
 from openblip.images import TrainTransform, decode_image
 from openblip.tokenizer import Tokenizer
 
@@ -44,29 +43,14 @@ class PairStream(SampleStream[Pair, ImageTextBatch]):
         tokenizer: Tokenizer,
         transform: TrainTransform,
         *,
-        batch_size: int,
         max_tokens: int,
-        seed: int,
         captions: CaptionChoice = "all",
         prefix: str = "",
         max_words: int = 50,
-        block_size: int = 8192,
-        block_bytes: int = 256 << 20,
-        num_workers: int = 1,
-        max_bad_fraction: float = 1.0,
-        position: Position | None = None,
+        **options: Unpack[StreamOptions],
     ) -> None:
         """Raises ValueError if something in `data` is no data set."""
-        super().__init__(
-            data,
-            batch_size=batch_size,
-            seed=seed,
-            block_size=block_size,
-            block_bytes=block_bytes,
-            num_workers=num_workers,
-            max_bad_fraction=max_bad_fraction,
-            position=position,
-        )
+        super().__init__(data, **options)
         self.tokenizer, self.transform = tokenizer, transform
         self.max_tokens, self.max_words = max_tokens, max_words
         self.captions, self.prefix = captions, prefix

@@ -12,18 +12,17 @@ Letters: B questions, R answers of all of them, L tokens.
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from openblip.captions import clean_question, has_left_or_right
-from openblip.data.position import Position
 from openblip.data.rows import BadSample
 from openblip.data.samples import Sample
 from openblip.data.sources import Data, address_of, list_shards, read_samples
-from openblip.data.stream import SampleStream
+from openblip.data.stream import SampleStream, StreamOptions
 from openblip.images import TrainTransform, decode_image
 from openblip.tokenizer import Tokenizer
 
@@ -166,26 +165,13 @@ class VqaStream(SampleStream[AskedImage, VqaBatch]):
         tokenizer: Tokenizer,
         transform: TrainTransform,
         *,
-        batch_size: int,
         max_tokens: int,
         max_answer_tokens: int,
-        seed: int,
         max_words: int = 50,
-        block_size: int = 8192,
-        num_workers: int = 1,
-        max_bad_fraction: float = 1.0,
-        position: Position | None = None,
+        **options: Unpack[StreamOptions],
     ) -> None:
         """Raises ValueError if something in `data` is no data set."""
-        super().__init__(
-            data,
-            batch_size=batch_size,
-            seed=seed,
-            block_size=block_size,
-            num_workers=num_workers,
-            max_bad_fraction=max_bad_fraction,
-            position=position,
-        )
+        super().__init__(data, **options)
         self.tokenizer, self.transform = tokenizer, transform
         self.max_tokens, self.max_words = max_tokens, max_words
         self.max_answer_tokens = max_answer_tokens

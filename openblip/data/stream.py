@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import ClassVar, Generic, TypeVar
+from typing import ClassVar, Generic, Required, TypedDict, TypeVar
 
 import numpy as np
 from torch import Tensor
@@ -54,6 +54,18 @@ class _Taken(Generic[E]):
     image: Tensor
     behind: Position
     bad: Sequence[BadSample]
+
+
+class StreamOptions(TypedDict, total=False):
+    """What a subclass passes on to `SampleStream`."""
+
+    batch_size: Required[int]
+    seed: Required[int]
+    block_size: int
+    block_bytes: int
+    num_workers: int
+    max_bad_fraction: float
+    position: Position | None
 
 
 class SampleStream(ABC, Generic[E, B]):

@@ -23,7 +23,7 @@ from openblip.training.distributed import world
 from openblip.training.loop import StepOutput, TrainingStep
 from openblip.training.new_model import ModelRecipe
 from openblip.training.optim import OptimizerRecipe
-from openblip.training.pairs import PairRecipe, Training, start_position, train_transform
+from openblip.training.pairs import PairRecipe, Training, stream_options, train_transform
 from openblip.training.state import TrainingFiles
 
 _log = logging.getLogger(__name__)
@@ -98,13 +98,9 @@ class NlvrTraining(Training[NlvrBatch]):
             self.data,
             self.tokenizer,
             train_transform(recipe, self.nlvr.config.vision.image_size_px),
-            batch_size=recipe.batch_size,
             max_tokens=recipe.max_tokens,
             max_words=recipe.max_words,
-            seed=recipe.seed,
-            num_workers=recipe.num_workers,
-            max_bad_fraction=recipe.max_bad_fraction,
-            position=start_position(),
+            **stream_options(recipe),
         )
 
     def evaluation(self, folder: Path) -> Evaluation | None:

@@ -28,7 +28,7 @@ from openblip.training.optim import OptimizerRecipe
 from openblip.training.pairs import (
     PairRecipe,
     Training,
-    start_position,
+    stream_options,
     train_transform,
     usable_samples,
 )
@@ -121,14 +121,10 @@ class VqaTraining(Training[VqaBatch]):
             self.data,
             self.tokenizer,
             train_transform(recipe, self.vqa.config.vision.image_size_px),
-            batch_size=recipe.batch_size,
             max_tokens=recipe.max_tokens,
             max_answer_tokens=self.max_answer_tokens,
             max_words=recipe.max_words,
-            seed=recipe.seed,
-            num_workers=recipe.num_workers,
-            max_bad_fraction=recipe.max_bad_fraction,
-            position=start_position(),
+            **stream_options(recipe),
         )
 
     def evaluation(self, folder: Path) -> Evaluation | None:

@@ -12,10 +12,10 @@ from openblip.checkpoint import Model, replace_checkpoint
 from openblip.config import Recipe, dump_recipe
 from openblip.data.batches import Batch, ImageTextBatch
 from openblip.data.pairs import CaptionChoice, PairStream
-from openblip.data.position import Position, start_positions
+from openblip.data.position import start_positions
 from openblip.data.samples import Sample
 from openblip.data.sources import Data, list_shards, read_samples
-from openblip.data.stream import SampleStream
+from openblip.data.stream import SampleStream, StreamOptions
 from openblip.images import ImageDecodeError, TrainTransform, decode_image
 from openblip.models.blip import Blip
 from openblip.tokenizer import Tokenizer
@@ -206,15 +206,11 @@ class PairTraining(Training[ImageTextBatch]):
             self.data,
             self.tokenizer,
             train_transform(recipe, self.blip.config.vision.image_size_px),
-            batch_size=recipe.batch_size,
             max_tokens=recipe.max_tokens,
             captions=recipe.captions,
             max_words=recipe.max_words,
-            seed=recipe.seed,
             prefix=self.prefix,
-            num_workers=recipe.num_workers,
-            max_bad_fraction=recipe.max_bad_fraction,
-            position=start_position(),
+            **stream_options(recipe),
         )
 
     def evaluation(self, folder: Path) -> Evaluation | None:
@@ -242,9 +238,15 @@ def train_transform(recipe: PairRecipe, image_size_px: int) -> TrainTransform:
     )
 
 
-def start_position() -> Position:
-    """Return where this rank's stream starts."""
-    return start_positions(world().size)[world().rank]
+def stream_options(recipe: PairRecipe) -> StreamOptions:
+    """Return what a recipe says of a stream of any examples, at this rank's start."""
+    return StreamOptions(
+        batch_size=recipe.batch_size,
+        seed=recipe.seed,
+        num_workers=recipe.num_workers,
+        max_bad_fraction=recipe.max_bad_fraction,
+        position=start_positions(world().size)[world().rank],
+    )
 
 
 def usable_samples(data: Sequence[str], lack: Callable[[Sample], str | None]) -> list[Sample]:
