@@ -1,6 +1,10 @@
 """From a pre-trained model, from one that answers already, and from nothing."""
 
 import json
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +21,8 @@ from openblip.inference import Candidates, rank_answers
 from openblip.models.blip import Blip
 from openblip.tokenizer import Tokenizer
 from openblip.training.new_model import ModelRecipe
+
+ROOT = Path(__file__).resolve().parents[2]
 
 MODEL = ModelRecipe(
     image_size_px=32, patch_size_px=16, vision_width=16, vision_layers=1, vision_heads=2,
@@ -113,3 +119,17 @@ def test_it_learns_to_look(data: Path, tmp_path: Path) -> None:
     )
     assert report.accuracy is not None
     assert report.accuracy > no + 10
+
+
+@pytest.mark.slow
+def test_the_shipped_run_on_daquar(shared: Path, tmp_path: Path) -> None:
+    done = subprocess.run(
+        ["bash", str(ROOT / "runs" / "daquar_cpu.sh"), str(shared / "data" / "vqa-daquar"),
+         str(tmp_path)],
+        check=True, capture_output=True, text=True,
+        env={**os.environ, "PYTHON": sys.executable, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    [accuracy] = re.findall(r"accuracy in %\s+([\d.]+)", done.stdout)
+    baseline = json.loads((tmp_path / "data" / "baseline.json").read_text())
+    print(accuracy, baseline)
+    assert float(accuracy) > baseline["accuracy"]
