@@ -13,7 +13,7 @@ import logging
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 from typer.core import TyperGroup
@@ -25,9 +25,6 @@ from openblip.cli_output import answer, conversion_text, say, table
 from openblip.data.samples import Sample
 from openblip.data.sinks import write_json_atomically
 from openblip.data.sources import list_shards, read_samples
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 EXIT_FAILED_IMAGES, EXIT_USER_ERROR, EXIT_INTERRUPTED = 1, 2, 130
 
@@ -251,12 +248,13 @@ def match(
 
     Prints for every text the probability of the ITM head that the pair matches, and the ITC cosine.
     """
+    from openblip.data.files import prepare_image
     from openblip.hub import load
     from openblip.inference import MAX_TEXT_TOKENS, judge_texts, tokenize
 
     data = image.read_bytes()
     blip, tokenizer = load(model)
-    pixels = _pixels(data, image, blip.config.vision.image_size_px)
+    pixels = prepare_image(data, image, blip.config.vision.image_size_px)
     [judged] = judge_texts(blip, tokenizer, pixels[None], [texts])
     if num_truncated := tokenize(tokenizer, texts).num_truncated:
         say(f"{num_truncated} texts are longer than {MAX_TEXT_TOKENS} tokens and were cut")
@@ -283,12 +281,13 @@ def refine(
     Prints the ITC cosines of the embedding before and after; as JSON also the embedding itself, to
     search images with.
     """
+    from openblip.data.files import prepare_image
     from openblip.hub import load
     from openblip.inference import embed_images, embed_texts, refine_images, tokenize
 
     data = image.read_bytes()
     blip, tokenizer = load(model)
-    pixels = _pixels(data, image, blip.config.vision.image_size_px)
+    pixels = prepare_image(data, image, blip.config.vision.image_size_px)
     [refined] = refine_images(blip, tokenizer, pixels[None], [text])
     [before] = embed_images(blip, [pixels])
     [told] = embed_texts(blip, tokenize(tokenizer, [text]))
@@ -349,17 +348,6 @@ def convert(
 def main() -> None:
     """Run the command that the process was called with."""
     app(prog_name="openblip")
-
-
-def _pixels(data: bytes, image: Path, size_px: int) -> "Tensor":
-    """Decode what the file `image` holds. Raises ValueError naming it if that is no image."""
-    from openblip.images import ImageDecodeError
-    from openblip.inference import read_image
-
-    try:
-        return read_image(data, size_px)
-    except ImageDecodeError as error:
-        raise ValueError(f"{image}: {error}") from error
 
 
 def _samples(data: str, *, may_lack_captions: bool = False) -> list[Sample]:

@@ -37,24 +37,20 @@ def ask(
     as_json: AsJson = False,
 ) -> None:
     """Answer questions about an image."""
+    from openblip.data.files import prepare_image
     from openblip.hub import load_vqa
-    from openblip.images import ImageDecodeError
     from openblip.inference import (
         ANSWER_DECODING,
         Candidates,
         encode_questions,
         rank_answers,
-        read_image,
         write_answers,
     )
 
     data = image.read_bytes()
     candidates = None if answers is None else _read_answers(answers)
     vqa, tokenizer = load_vqa(model)
-    try:
-        pixels = read_image(data, vqa.config.vision.image_size_px)
-    except ImageDecodeError as error:
-        raise ValueError(f"{image}: {error}") from error
+    pixels = prepare_image(data, image, vqa.config.vision.image_size_px)
     context = encode_questions(vqa, tokenizer, pixels[None], [questions])
     if candidates is None:
         given = write_answers(vqa, tokenizer, context, ANSWER_DECODING)

@@ -2,7 +2,9 @@
 
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import (
@@ -14,7 +16,7 @@ from huggingface_hub.errors import (
 )
 
 from openblip.checkpoint import FILES, load_checkpoint, load_nlvr_checkpoint, load_vqa_checkpoint
-from openblip.convert import read_transformers, read_transformers_vqa
+from openblip.convert import Converted, read_transformers, read_transformers_vqa
 from openblip.convert_transformers import answers_questions
 from openblip.models.blip import Blip
 from openblip.models.nlvr import Nlvr
@@ -27,6 +29,8 @@ PATTERNS += ["model.safetensors.index.json"]
 PICKLED_PATTERNS = ["pytorch_model.bin", "pytorch_model-*.bin", "pytorch_model.bin.index.json"]
 
 _log = logging.getLogger(__name__)
+
+M = TypeVar("M", Blip, Vqa)
 
 
 def resolve(name_or_path: str | Path, *, revision: str | None = None) -> Path:
@@ -57,13 +61,7 @@ def load(name_or_path: str | Path, *, revision: str | None = None) -> tuple[Blip
     A transformers folder is converted in memory; what its user must know is logged.
     Raises ValueError as `resolve` does, and for weights that do not fit, listing them.
     """
-    folder = resolve(name_or_path, revision=revision)
-    if not _is_of_transformers(folder):
-        return load_checkpoint(folder)
-    converted = read_transformers(folder)
-    for note in converted.report.notes:
-        _log.info("%s: %s", name_or_path, note)
-    return converted.model, converted.tokenizer
+    return _load(name_or_path, revision, load_checkpoint, read_transformers)
 
 
 def is_vqa(name_or_path: str | Path) -> bool:
@@ -78,13 +76,7 @@ def is_vqa(name_or_path: str | Path) -> bool:
 
 def load_vqa(name_or_path: str | Path, *, revision: str | None = None) -> tuple[Vqa, Tokenizer]:
     """Load a model that answers questions, as `load` does one that captions and matches."""
-    folder = resolve(name_or_path, revision=revision)
-    if not _is_of_transformers(folder):
-        return load_vqa_checkpoint(folder)
-    converted = read_transformers_vqa(folder)
-    for note in converted.report.notes:
-        _log.info("%s: %s", name_or_path, note)
-    return converted.model, converted.tokenizer
+    return _load(name_or_path, revision, load_vqa_checkpoint, read_transformers_vqa)
 
 
 def load_nlvr(name_or_path: str | Path, *, revision: str | None = None) -> tuple[Nlvr, Tokenizer]:
@@ -118,6 +110,21 @@ def push(
     except (HfHubHTTPError, HFValidationError, ConnectionError) as error:
         raise ValueError(f"{name} was not uploaded: {_first_line(error)}") from error
     return str(url)
+
+
+def _load(
+    name_or_path: str | Path,
+    revision: str | None,
+    read_ours: Callable[[Path], tuple[M, Tokenizer]],
+    read_theirs: Callable[[Path], Converted[M]],
+) -> tuple[M, Tokenizer]:
+    folder = resolve(name_or_path, revision=revision)
+    if not _is_of_transformers(folder):
+        return read_ours(folder)
+    converted = read_theirs(folder)
+    for note in converted.report.notes:
+        _log.info("%s: %s", name_or_path, note)
+    return converted.model, converted.tokenizer
 
 
 def _download(name: str, revision: str | None, patterns: list[str]) -> Path:

@@ -180,7 +180,7 @@ def pretrain(
     """
     training = pretraining(recipe, data, tokenizer)
     training.run(files, title)
-    return training.blip
+    return training.model
 
 
 def run_pretraining(run: PretrainRun, out: Path, *, is_dry: bool = False) -> dict[str, Any]:

@@ -80,3 +80,11 @@ def _read(path: Path, size_px: int) -> Tensor:
     if num_bytes > MAX_FILE_BYTES:
         raise ImageDecodeError("too_many_bytes", f"{num_bytes} > {MAX_FILE_BYTES}")
     return eval_transform(decode_image(path.read_bytes()), size_px)
+
+
+def prepare_image(data: bytes, path: Path, size_px: int) -> Tensor:
+    """Prepare what the file at `path` holds -> (3, S, S). Raises ValueError naming a bad one."""
+    try:
+        return eval_transform(decode_image(data), size_px)
+    except ImageDecodeError as error:
+        raise ValueError(f"{path}: {error}") from error

@@ -1,16 +1,15 @@
 """NLVR2: is a sentence true of two images? (BLIP sec. 5.4)"""
 
-import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch.nn import functional as F
 
-from openblip.checkpoint import check_is_free, initialise_from, save_run
+from openblip.checkpoint import check_is_free, initialise_from
 from openblip.data.nlvr import NlvrBatch, NlvrPair, NlvrStream, read_pairs
 from openblip.data.rows import BadSample
 from openblip.evaluation.nlvr import evaluate_nlvr, read_all_pairs
@@ -20,13 +19,11 @@ from openblip.models.nlvr import FIRST_MERGE_LAYER, Nlvr, NlvrConfig, nlvr_from_
 from openblip.tokenizer import Tokenizer
 from openblip.training.best import Evaluation, Scores
 from openblip.training.distributed import world
+from openblip.training.finetuning import TaskRun, train_and_save
 from openblip.training.loop import StepOutput, TrainingStep
-from openblip.training.new_model import ModelRecipe
 from openblip.training.optim import OptimizerRecipe
 from openblip.training.pairs import PairRecipe, Training, stream_options, train_transform
 from openblip.training.state import TrainingFiles
-
-_log = logging.getLogger(__name__)
 
 
 class NlvrRecipe(PairRecipe):
@@ -37,32 +34,15 @@ class NlvrRecipe(PairRecipe):
     max_words: int = Field(40, ge=1)
 
 
-class NlvrRun(NlvrRecipe):
-    """The same with its data and the model that it starts from, as a recipe file describes it.
+class NlvrRun(NlvrRecipe, TaskRun):
+    """The same with its data and where it starts, as a recipe file describes it.
 
     data               JSONL or JSON files, see `data.nlvr`
-    init               checkpoint folder, transformers folder or name on the Hugging Face Hub, of a
-                       pre-trained model; or else
-    model              sizes of a new one, with a vocabulary learned from the sentences, of
-    vocab_size         words
-    image_size_px      side of the images; another one than that of `init` resizes the positions
     first_merge_layer  from which on a layer merges what it finds in the two images by weights
     """
 
     data: tuple[str, ...] = Field(min_length=1)
-    init: str | None = None
-    model: ModelRecipe | None = None
-    vocab_size: int = Field(30_524, ge=16)
-    image_size_px: int | None = Field(None, ge=1)
     first_merge_layer: int = Field(FIRST_MERGE_LAYER, ge=0)
-
-    @model_validator(mode="after")
-    def _check_start(self) -> Self:
-        if (self.init is None) == (self.model is None):
-            raise ValueError("expected either init, a model to start from, or model, its sizes")
-        if self.model is not None and self.image_size_px is not None:
-            raise ValueError("the size of a new model's images is model.image_size_px")
-        return self
 
 
 class NlvrStep(TrainingStep[NlvrBatch]):
@@ -85,19 +65,15 @@ class NlvrStep(TrainingStep[NlvrBatch]):
 
 
 @dataclass(frozen=True)
-class NlvrTraining(Training[NlvrBatch]):
+class NlvrTraining(Training[NlvrBatch, Nlvr]):
     """Training on sentences about two images, of files as `data.nlvr` reads."""
-
-    nlvr: Nlvr
-    data: Sequence[Path]
-    tokenizer: Tokenizer
 
     def new_stream(self) -> NlvrStream:
         recipe = self.recipe
         return NlvrStream(
             self.data,
             self.tokenizer,
-            train_transform(recipe, self.nlvr.config.vision.image_size_px),
+            train_transform(recipe, self.model.config.vision.image_size_px),
             max_tokens=recipe.max_tokens,
             max_words=recipe.max_words,
             **stream_options(recipe),
@@ -115,11 +91,11 @@ class NlvrTraining(Training[NlvrBatch]):
         pairs = _usable_pairs(how.data) if world().is_first else []
 
         def measure() -> Scores:
-            report = evaluate_nlvr(self.nlvr, self.tokenizer, pairs, is_silent=True)
+            report = evaluate_nlvr(self.model, self.tokenizer, pairs, is_silent=True)
             assert report.accuracy is not None
             return Scores({"accuracy": report.accuracy}, report.accuracy)
 
-        return self.evaluating(how, folder, self.nlvr, self.tokenizer, measure)
+        return self.evaluating(how, folder, measure)
 
 
 def _usable_pairs(data: Sequence[str]) -> list[NlvrPair]:
@@ -172,13 +148,15 @@ def run_nlvr(run: NlvrRun, out: Path, *, is_dry: bool = False) -> dict[str, Any]
     data = [Path(path) for path in run.data]
     torch.manual_seed(run.seed)
     nlvr, tokenizer, notes = _start(run, data)
-    for note in notes:
-        _log.info("%s", note)
-    training = nlvr_training(run, nlvr, data, tokenizer)
-    if is_dry:
-        return training.dry_run().to_json()
-    training.run(TrainingFiles.beside(out), "NLVR2")
-    return save_run(out, nlvr, tokenizer, run, "NLVR2 fine-tuning", notes)
+    return train_and_save(
+        run,
+        out,
+        lambda: nlvr_training(run, nlvr, data, tokenizer),
+        title="NLVR2",
+        what="NLVR2 fine-tuning",
+        notes=notes,
+        is_dry=is_dry,
+    )
 
 
 def _start(run: NlvrRun, data: Sequence[Path]) -> tuple[Nlvr, Tokenizer, list[str]]:
@@ -193,10 +171,8 @@ def _start(run: NlvrRun, data: Sequence[Path]) -> tuple[Nlvr, Tokenizer, list[st
     blip, tokenizer = load(run.init)
     part = initialise_from(blip, frozenset({"pair"}), run.image_size_px)
     start = nlvr_from_blip(part.blip, run.first_merge_layer)
-    notes = [f"it starts from {run.init}", *part.notes()]
-    for what, names in (("left out of its parts", start.left_out), ("drawn anew", start.drawn)):
-        notes.append(f"tensors {what} ({len(names)}): {', '.join(names)}")
-    return start.nlvr, tokenizer, notes
+    notes = [f"it starts from {run.init}", *part.notes(), *start.notes()]
+    return start.model, tokenizer, notes
 
 
 def _sentences(data: Sequence[Path], max_words: int) -> Iterator[str]:

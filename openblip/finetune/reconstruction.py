@@ -4,7 +4,6 @@ The embeddings of images and texts are those of the model that it starts from, s
 stays valid. The image encoder does not move: it is its own momentum encoder.
 """
 
-import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 from pydantic import Field
 
-from openblip.checkpoint import check_is_free, save_run
+from openblip.checkpoint import check_is_free
 from openblip.data.batches import ImageTextBatch
 from openblip.data.sources import Data, WeightedData, check_data
 from openblip.hub import load
@@ -21,11 +20,9 @@ from openblip.losses import reconstruction_loss
 from openblip.models.blip import Blip
 from openblip.models.reconstruction import ReconstructionConfig, draw_visible, is_hidden
 from openblip.tokenizer import Tokenizer
+from openblip.training.finetuning import train_and_save
 from openblip.training.loop import StepOutput, TrainingStep
 from openblip.training.pairs import PairRecipe, PairTraining
-from openblip.training.state import TrainingFiles
-
-_log = logging.getLogger(__name__)
 
 
 class ReconstructionRecipe(PairRecipe):
@@ -120,10 +117,12 @@ def run_reconstruction(
     check_data(run.data)
     blip, tokenizer = load(run.init)
     notes = [f"all but the reconstruction head is {run.init}, unchanged"]
-    for note in notes:
-        _log.info("%s", note)
-    training = reconstruction_training(run, blip, run.data, tokenizer)
-    if is_dry:
-        return training.dry_run().to_json()
-    training.run(TrainingFiles.beside(out), "reconstruction")
-    return save_run(out, training.blip, tokenizer, run, "training of a reconstruction head", notes)
+    return train_and_save(
+        run,
+        out,
+        lambda: reconstruction_training(run, blip, run.data, tokenizer),
+        title="reconstruction",
+        what="training of a reconstruction head",
+        notes=notes,
+        is_dry=is_dry,
+    )

@@ -1,16 +1,15 @@
 """Visual question answering: the LM of all answers, each by its weight (BLIP sec. 5.3)."""
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from openblip.checkpoint import check_is_free, initialise_from, save_run
+from openblip.checkpoint import check_is_free, initialise_from
 from openblip.data.questions import VqaBatch, VqaStream, question_texts
 from openblip.data.samples import Sample
 from openblip.data.sources import Data, WeightedData, check_data
@@ -22,8 +21,8 @@ from openblip.models.vqa import Vqa, VqaConfig, vqa_from_blip
 from openblip.tokenizer import Tokenizer
 from openblip.training.best import Evaluation, Scores
 from openblip.training.distributed import world
+from openblip.training.finetuning import TaskRun, train_and_save
 from openblip.training.loop import StepOutput, TrainingStep
-from openblip.training.new_model import ModelRecipe
 from openblip.training.optim import OptimizerRecipe
 from openblip.training.pairs import (
     PairRecipe,
@@ -33,8 +32,6 @@ from openblip.training.pairs import (
     usable_samples,
 )
 from openblip.training.state import TrainingFiles
-
-_log = logging.getLogger(__name__)
 
 
 class VqaRecipe(PairRecipe):
@@ -50,31 +47,14 @@ class VqaRecipe(PairRecipe):
     label_smoothing: float = Field(0.1, ge=0, lt=1)
 
 
-class VqaRun(VqaRecipe):
-    """The same with its data and the model that it starts from, as a recipe file describes it.
+class VqaRun(VqaRecipe, TaskRun):
+    """The same with its data and where it starts, as a recipe file describes it.
 
-    data           data sets of any kind that `data.sources` reads, with questions,
-                   some perhaps with a weight
-    init           checkpoint folder, transformers folder or name on the Hugging Face Hub, of a
-                   pre-trained model or one that answers questions already; or else
-    model          sizes of a new one, with a vocabulary learned from questions and answers, of
-    vocab_size     words
-    image_size_px  side of the images; another one than that of `init` resizes the positions
+    data  data sets with questions, of any kind that `data.sources` reads, some perhaps with weights
+    init  may also be a model that answers questions already
     """
 
     data: tuple[str | WeightedData, ...] = Field(min_length=1)
-    init: str | None = None
-    model: ModelRecipe | None = None
-    vocab_size: int = Field(30_524, ge=16)
-    image_size_px: int | None = Field(None, ge=1)
-
-    @model_validator(mode="after")
-    def _check_start(self) -> Self:
-        if (self.init is None) == (self.model is None):
-            raise ValueError("expected either init, a model to start from, or model, its sizes")
-        if self.model is not None and self.image_size_px is not None:
-            raise ValueError("the size of a new model's images is model.image_size_px")
-        return self
 
 
 class VqaStep(TrainingStep[VqaBatch]):
@@ -104,15 +84,12 @@ class VqaStep(TrainingStep[VqaBatch]):
 
 
 @dataclass(frozen=True)
-class VqaTraining(Training[VqaBatch]):
+class VqaTraining(Training[VqaBatch, Vqa]):
     """Training on questions.
 
     data  data sets of any kind that `data.sources` reads; every question is an example
     """
 
-    vqa: Vqa
-    data: Sequence[Data]
-    tokenizer: Tokenizer
     max_answer_tokens: int
 
     def new_stream(self) -> VqaStream:
@@ -120,7 +97,7 @@ class VqaTraining(Training[VqaBatch]):
         return VqaStream(
             self.data,
             self.tokenizer,
-            train_transform(recipe, self.vqa.config.vision.image_size_px),
+            train_transform(recipe, self.model.config.vision.image_size_px),
             max_tokens=recipe.max_tokens,
             max_answer_tokens=self.max_answer_tokens,
             max_words=recipe.max_words,
@@ -138,14 +115,14 @@ class VqaTraining(Training[VqaBatch]):
             return None
         samples = usable_samples(how.data, _check_answers) if world().is_first else []
         decoding = how.decoding or ANSWER_DECODING
-        give = partial(write_answers, self.vqa, self.tokenizer, decoding=decoding)
+        give = partial(write_answers, self.model, self.tokenizer, decoding=decoding)
 
         def measure() -> Scores:
-            report = evaluate_vqa(self.vqa, self.tokenizer, samples, answer=give, is_silent=True)
+            report = evaluate_vqa(self.model, self.tokenizer, samples, answer=give, is_silent=True)
             assert report.accuracy is not None
             return Scores({"accuracy": report.accuracy}, report.accuracy)
 
-        return self.evaluating(how, folder, self.vqa, self.tokenizer, measure)
+        return self.evaluating(how, folder, measure)
 
 
 def _check_answers(sample: Sample) -> str | None:
@@ -188,13 +165,15 @@ def run_vqa(run: VqaRun, out: Path, *, is_dry: bool = False) -> dict[str, Any]:
     check_data(run.data)
     torch.manual_seed(run.seed)
     vqa, tokenizer, notes = _start(run)
-    for note in notes:
-        _log.info("%s", note)
-    training = vqa_training(run, vqa, run.data, tokenizer)
-    if is_dry:
-        return training.dry_run().to_json()
-    training.run(TrainingFiles.beside(out), "VQA")
-    return save_run(out, vqa, tokenizer, run, "VQA fine-tuning", notes)
+    return train_and_save(
+        run,
+        out,
+        lambda: vqa_training(run, vqa, run.data, tokenizer),
+        title="VQA",
+        what="VQA fine-tuning",
+        notes=notes,
+        is_dry=is_dry,
+    )
 
 
 def _start(run: VqaRun) -> tuple[Vqa, Tokenizer, list[str]]:
@@ -221,8 +200,5 @@ def _start(run: VqaRun) -> tuple[Vqa, Tokenizer, list[str]]:
     blip, tokenizer = load(run.init)
     part = initialise_from(blip, frozenset({"pair", "decode"}), run.image_size_px)
     start = vqa_from_blip(part.blip)
-    notes = [f"it starts from {run.init}", *part.notes()]
-    for what, names in (("left out of its parts", start.left_out), ("drawn anew", start.drawn)):
-        if names:
-            notes.append(f"tensors {what} ({len(names)}): {', '.join(names)}")
-    return start.vqa, tokenizer, notes
+    notes = [f"it starts from {run.init}", *part.notes(), *start.notes()]
+    return start.model, tokenizer, notes

@@ -6,7 +6,7 @@ width, V vocabulary.
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from openblip.models.text import Med, MedConfig, Role, SpecialTokens
 from openblip.models.vision import VisionConfig, VisionTransformer
 
 P = TypeVar("P")
+T = TypeVar("T", bound=nn.Module)
 
 INITIAL_TEMPERATURE = 0.07
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.001, 0.5
@@ -248,3 +249,23 @@ def with_first(token_ids: Tensor, first: int) -> Tensor:
     token_ids = token_ids.clone()
     token_ids[:, 0] = first
     return token_ids
+
+
+@dataclass(frozen=True)
+class TaskStart(Generic[T]):
+    """A model of another task that starts from a BLIP's weights, the BLIP's tensors that it has no
+    place for, and those of its own that start anew.
+    """
+
+    model: T
+    left_out: tuple[str, ...]
+    drawn: tuple[str, ...]
+
+    def notes(self) -> list[str]:
+        """Return sentences that name every tensor left out or drawn."""
+        said = {"left out of its parts": self.left_out, "drawn anew": self.drawn}
+        return [
+            f"tensors {what} ({len(names)}): {', '.join(names)}"
+            for what, names in said.items()
+            if names
+        ]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from openblip.models.blip import Blip, check_keys, part_from_json, with_first
+from openblip.models.blip import Blip, TaskStart, check_keys, part_from_json, with_first
 from openblip.models.context import Context
 from openblip.models.text import ImageAttention, Med, MedConfig, SpecialTokens
 from openblip.models.vision import VisionConfig, VisionTransformer
@@ -153,18 +153,7 @@ class Nlvr(nn.Module):
         return logits
 
 
-@dataclass(frozen=True)
-class NlvrStart:
-    """A model that starts from a BLIP's weights, the BLIP's tensors that it has no place for, and
-    those of its own that start anew.
-    """
-
-    nlvr: Nlvr
-    left_out: tuple[str, ...]
-    drawn: tuple[str, ...]
-
-
-def nlvr_from_blip(blip: Blip, first_merge_layer: int = FIRST_MERGE_LAYER) -> NlvrStart:
+def nlvr_from_blip(blip: Blip, first_merge_layer: int = FIRST_MERGE_LAYER) -> TaskStart[Nlvr]:
     """Return the model that training starts from; merge layers and classifier are drawn.
 
     Both cross-attentions of a layer start as the BLIP's one.
@@ -183,7 +172,7 @@ def nlvr_from_blip(blip: Blip, first_merge_layer: int = FIRST_MERGE_LAYER) -> Nl
     read = {name: theirs[source] for name, source in sources.items() if source in theirs}
     nlvr.load_state_dict(ours | read)
     left_out = theirs.keys() - {sources[name] for name in read}
-    return NlvrStart(nlvr, tuple(sorted(left_out)), tuple(sorted(ours.keys() - read.keys())))
+    return TaskStart(nlvr, tuple(sorted(left_out)), tuple(sorted(ours.keys() - read.keys())))
 
 
 _SIDE = re.compile(r"\.cross\.(first_output|second_output|first|second|norm)\.")

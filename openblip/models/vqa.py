@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from openblip.models.blip import Blip, check_keys, part_from_json, with_first
+from openblip.models.blip import Blip, TaskStart, check_keys, part_from_json, with_first
 from openblip.models.context import Context, DecoderCache
 from openblip.models.text import Med, MedConfig, SpecialTokens
 from openblip.models.vision import VisionConfig, VisionTransformer
@@ -144,18 +144,7 @@ class Vqa(nn.Module):
         return self.answer.decode_step(token_ids, cache, context)
 
 
-@dataclass(frozen=True)
-class VqaStart:
-    """A model that starts from a BLIP's weights, the BLIP's tensors that it has no place for, and
-    those of its own that start anew.
-    """
-
-    vqa: Vqa
-    left_out: tuple[str, ...]
-    drawn: tuple[str, ...]
-
-
-def vqa_from_blip(blip: Blip) -> VqaStart:
+def vqa_from_blip(blip: Blip) -> TaskStart[Vqa]:
     """Return the model that training starts from, each MED from the BLIP's one.
 
     Where image and text widths differ, the keys and values by which answers look at questions have
@@ -180,7 +169,7 @@ def vqa_from_blip(blip: Blip) -> VqaStart:
     drawn = tuple(sorted(ours.keys() - read.keys()))
     vqa.load_state_dict(ours | read)
     left_out = theirs.keys() - {sources[name] for name in read}
-    return VqaStart(vqa, tuple(sorted(left_out)), drawn)
+    return TaskStart(vqa, tuple(sorted(left_out)), drawn)
 
 
 def _blip_name(name: str) -> str:

@@ -3,9 +3,9 @@
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from openblip.checkpoint import check_is_free, initialise_from, save_run
 from openblip.config import Recipe
@@ -14,7 +14,8 @@ from openblip.hub import load
 from openblip.models.blip import Blip
 from openblip.models.text import Role
 from openblip.tokenizer import Tokenizer
-from openblip.training.pairs import PairTraining
+from openblip.training.new_model import ModelRecipe
+from openblip.training.pairs import PairTraining, Training
 from openblip.training.state import TrainingFiles
 
 _log = logging.getLogger(__name__)
@@ -31,6 +32,29 @@ class FinetuningRun(Recipe):
     data: tuple[str | WeightedData, ...] = Field(min_length=1)
     init: str
     image_size_px: int | None = Field(None, ge=1)
+
+
+class TaskRun(Recipe):
+    """Where the training of a model for another task starts, as a recipe file describes it.
+
+    init           checkpoint folder, transformers folder or name on the Hugging Face Hub; or else
+    model          sizes of a new one, with a vocabulary learned from the task's texts, of
+    vocab_size     words
+    image_size_px  side of the images; another one than that of `init` resizes the positions
+    """
+
+    init: str | None = None
+    model: ModelRecipe | None = None
+    vocab_size: int = Field(30_524, ge=16)
+    image_size_px: int | None = Field(None, ge=1)
+
+    @model_validator(mode="after")
+    def _check_start(self) -> Self:
+        if (self.init is None) == (self.model is None):
+            raise ValueError("expected either init, a model to start from, or model, its sizes")
+        if self.model is not None and self.image_size_px is not None:
+            raise ValueError("the size of a new model's images is model.image_size_px")
+        return self
 
 
 def run_finetuning(
@@ -54,10 +78,38 @@ def run_finetuning(
     blip, tokenizer = load(run.init)
     start = initialise_from(blip, roles, run.image_size_px)
     notes = [f"it starts from {run.init}", *start.notes()]
+    return train_and_save(
+        run,
+        out,
+        lambda: prepare(start.blip, run.data, tokenizer),
+        title=title,
+        what=title,
+        notes=notes,
+        is_dry=is_dry,
+    )
+
+
+def train_and_save(
+    run: Recipe,
+    out: Path,
+    prepare: Callable[[], Training[Any, Any]],
+    *,
+    title: str,
+    what: str,
+    notes: Sequence[str],
+    is_dry: bool,
+) -> dict[str, Any]:
+    """Tell the notes, train, and save the checkpoint `out`; return what came out.
+
+    prepare       the training of a model in place
+    title, what   of it, in the log and in the model card
+    notes         of where it starts, in sentences
+    is_dry        write nothing, and return what it would cost
+    """
     for note in notes:
         _log.info("%s", note)
-    training = prepare(start.blip, run.data, tokenizer)
+    training = prepare()
     if is_dry:
         return training.dry_run().to_json()
     training.run(TrainingFiles.beside(out), title)
-    return save_run(out, start.blip, tokenizer, run, title, notes)
+    return save_run(out, training.model, training.tokenizer, run, what, notes)

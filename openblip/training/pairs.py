@@ -30,6 +30,7 @@ from openblip.training.state import SavingRecipe, TrainingFiles, TrainingState
 from openblip.training.tracking import TrackerName
 
 B = TypeVar("B", bound=Batch)
+M = TypeVar("M", bound=Model)
 
 MAY_CHANGE = (
     "activation_checkpointing",
@@ -100,14 +101,18 @@ Measure = Callable[[Blip, Tokenizer, Sequence[Sample], EvaluatingRecipe], Scores
 
 
 @dataclass(frozen=True)
-class Training(ABC, Generic[B]):
+class Training(ABC, Generic[B, M]):
     """A step on a model, and all that its batches are made of.
 
+    data  data sets that the task's stream reads
     With several ranks, each takes its part of the data, and `batch_size` of them at a time.
     """
 
     step: TrainingStep[B]
     recipe: PairRecipe
+    model: M
+    data: Sequence[Data]
+    tokenizer: Tokenizer
 
     @abstractmethod
     def new_stream(self) -> SampleStream[Any, B]:
@@ -151,12 +156,7 @@ class Training(ABC, Generic[B]):
         return None
 
     def evaluating(
-        self,
-        how: EvaluatingRecipe,
-        folder: Path,
-        model: Model,
-        tokenizer: Tokenizer,
-        measure: Callable[[], Scores],
+        self, how: EvaluatingRecipe, folder: Path, measure: Callable[[], Scores]
     ) -> Evaluation:
         """Return an evaluation that keeps the best model so far as the checkpoint `folder`."""
 
@@ -166,7 +166,7 @@ class Training(ABC, Generic[B]):
                 f"{num_steps} steps: {scores.to_json()}.\n\n"
                 f"## Recipe\n\n```yaml\n{dump_recipe(self.recipe)}```\n"
             )
-            replace_checkpoint(folder, model, tokenizer, card)
+            replace_checkpoint(folder, self.model, self.tokenizer, card)
 
         return Evaluation(how.every_steps, measure, keep)
 
@@ -186,17 +186,13 @@ class Training(ABC, Generic[B]):
 
 
 @dataclass(frozen=True)
-class PairTraining(Training[ImageTextBatch]):
+class PairTraining(Training[ImageTextBatch, Blip]):
     """Training on image-text pairs.
 
-    data     data sets of any kind that `data.sources` reads
     prefix   put before every text
     measure  evaluates the model if the recipe says so; None where the task has no scores
     """
 
-    blip: Blip
-    data: Sequence[Data]
-    tokenizer: Tokenizer
     prefix: str = ""
     measure: Measure | None = None
 
@@ -205,7 +201,7 @@ class PairTraining(Training[ImageTextBatch]):
         return PairStream(
             self.data,
             self.tokenizer,
-            train_transform(recipe, self.blip.config.vision.image_size_px),
+            train_transform(recipe, self.model.config.vision.image_size_px),
             max_tokens=recipe.max_tokens,
             captions=recipe.captions,
             max_words=recipe.max_words,
@@ -219,11 +215,7 @@ class PairTraining(Training[ImageTextBatch]):
             return super().evaluation(folder)
         samples = usable_samples(recipe.data, _lacks_caption) if world().is_first else []
         return self.evaluating(
-            recipe,
-            folder,
-            self.blip,
-            self.tokenizer,
-            lambda: measure(self.blip, self.tokenizer, samples, recipe),
+            recipe, folder, lambda: measure(self.model, self.tokenizer, samples, recipe)
         )
 
 

@@ -16,7 +16,7 @@ def vqa(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     blip, tokenizer = load_checkpoint(model)
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("vqa") / "model"
-    save_checkpoint(folder, vqa_from_blip(blip).vqa, tokenizer, "# tiny\n")
+    save_checkpoint(folder, vqa_from_blip(blip).model, tokenizer, "# tiny\n")
     return folder
 
 

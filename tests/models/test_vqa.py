@@ -89,8 +89,10 @@ def test_both_parts_start_from_a_blip(width: int) -> None:
     cross = [f"answer.layers.{layer}.cross.key_value.weight" for layer in range(2)]
     assert list(start.drawn) == ([] if width == TEXT.width else cross)
     assert "match_head.weight" in start.left_out
-    assert torch.equal(start.vqa.answer.word_embedding.weight, blip.text.word_embedding.weight)
-    assert torch.equal(start.vqa.question.word_embedding.weight, blip.text.word_embedding.weight)
-    assert start.vqa.answer.word_embedding.weight is not start.vqa.question.word_embedding.weight
+    assert torch.equal(start.model.answer.word_embedding.weight, blip.text.word_embedding.weight)
+    assert torch.equal(start.model.question.word_embedding.weight, blip.text.word_embedding.weight)
+    assert (
+        start.model.answer.word_embedding.weight is not start.model.question.word_embedding.weight
+    )
     with pytest.raises(ValueError, match="'pair' and 'decode'"):
         vqa_from_blip(Blip(blip.config.with_roles(frozenset({"text", "pair"}))))

@@ -88,7 +88,7 @@ def test_the_start_from_blip_is_the_original_conversion(
     num_positions = expected["visual_encoder.pos_embed"].shape[1]
     side = int((num_positions - 1) ** 0.5) * blip.config.vision.patch_size_px
     start = nlvr_from_blip(initialise_from(blip, frozenset({"pair"}), side).blip)
-    official = to_official(start.nlvr.state_dict(), nlvr_names(start.nlvr.config))
+    official = to_official(start.model.state_dict(), nlvr_names(start.model.config))
     for target, key in conversion["target_key_to_source_key"].items():
         if target.endswith("position_ids"):
             continue
@@ -98,8 +98,8 @@ def test_the_start_from_blip_is_the_original_conversion(
         else:
             assert torch.equal(official[target], value), target
     drawn = to_official(
-        {name: start.nlvr.state_dict()[name] for name in start.drawn},
-        {name: nlvr_names(start.nlvr.config)[name] for name in start.drawn},
+        {name: start.model.state_dict()[name] for name in start.drawn},
+        {name: nlvr_names(start.model.config)[name] for name in start.drawn},
     )
     assert sorted(drawn) == sorted(conversion["missing_keys"])
     assert len(official) == len(set(conversion["target_key_to_source_key"]) | set(drawn)) - 1
@@ -113,7 +113,7 @@ def test_a_pair_of_equal_images_starts_as_blip_judges_one(reference: Path, offic
     token_ids, text_mask = tensors["input_ids"], tensors["attention_mask"]
     image_states = blip.encode_image(tensors["images"])
     expected = blip.encode_pair(token_ids, text_mask, blip.project_context(image_states))
-    nlvr = nlvr_from_blip(blip).nlvr.eval()
+    nlvr = nlvr_from_blip(blip).model.eval()
     context = nlvr.project_context(torch.cat([image_states, image_states]))
     states = nlvr.encode_pair(token_ids, text_mask, context)
     assert_close(states, expected, atol=1e-5, rtol=1e-5)

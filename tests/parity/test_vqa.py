@@ -105,11 +105,11 @@ def test_the_start_from_a_blip_draws_what_the_original_lacks(
 ) -> None:
     blip = official_blip()
     start = vqa_from_blip(blip)
-    names = vqa_names(start.vqa.config)
+    names = vqa_names(start.model.config)
     report = json.loads((reference / "interp.json").read_text())
     missing = report["pretrain_checkpoint_into_BLIP_VQA"]["missing_keys"]
     assert sorted(part for name in start.drawn for part in names[name]) == sorted(missing)
-    ours, theirs = start.vqa.state_dict(), blip.state_dict()
+    ours, theirs = start.model.state_dict(), blip.state_dict()
     for name in ours.keys() - set(start.drawn):
         source = name.replace("question.", "text.").replace("answer.", "text.")
         assert torch.equal(ours[name], theirs[source]), name

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ from openblip.checkpoint import (
     load_vqa_checkpoint,
     model_id,
 )
-from openblip.data.sinks import ShardWriter
 from openblip.data.sources import kept_captions, list_shards, read_samples
 from openblip.data.world import WorldConfig, draw_world
 from openblip.evaluation.captioning import evaluate_captioning
@@ -28,8 +27,8 @@ from openblip.finetune.retrieval import RetrievalRecipe, retrieval_training
 from openblip.finetune.vqa import VqaRecipe, vqa_training
 from openblip.generation import Decoding
 from openblip.models.blip import Blip
-from openblip.models.nlvr import Nlvr, nlvr_from_blip
-from openblip.models.vqa import Vqa, vqa_from_blip
+from openblip.models.nlvr import nlvr_from_blip
+from openblip.models.vqa import vqa_from_blip
 from openblip.pretrain import ModelRecipe, ObjectiveRecipe, PretrainRecipe, pretraining
 from openblip.tokenizer import Tokenizer
 from openblip.training import loop
@@ -37,6 +36,7 @@ from openblip.training.alignment import AlignmentConfig
 from openblip.training.best import BestSoFar, Evaluation, Scores
 from openblip.training.pairs import PairRecipe, Training
 from openblip.training.state import TrainingFiles
+from tests.task_data import write_task_data
 
 DECODING = Decoding("greedy", min_tokens=1, max_tokens=6)
 PAIRS: dict[str, Any] = {
@@ -60,7 +60,7 @@ def start(tokenizer: Tokenizer, *roles: str) -> Blip:
 @dataclass(frozen=True)
 class Task:
     recipe: PairRecipe
-    prepare: Callable[[Any, Path, Tokenizer], Training[Any]]
+    prepare: Callable[[Any, Path, Tokenizer], Training[Any, Any]]
     names: set[str]
     evaluated_on: str = "test"
     load: Callable[[Path], tuple[Model, Tokenizer]] = load_checkpoint
@@ -87,7 +87,7 @@ TASKS = {
     "vqa": Task(
         VqaRecipe.model_validate(PAIRS),
         lambda recipe, data, tokenizer: vqa_training(
-            recipe, vqa_from_blip(start(tokenizer, "pair", "decode")).vqa, [data / "asked.tar"],
+            recipe, vqa_from_blip(start(tokenizer, "pair", "decode")).model, [data / "asked.tar"],
             tokenizer,
         ),
         {"accuracy"},
@@ -97,7 +97,7 @@ TASKS = {
     "nlvr": Task(
         NlvrRecipe.model_validate(PAIRS),
         lambda recipe, data, tokenizer: nlvr_training(
-            recipe, nlvr_from_blip(start(tokenizer, "pair"), first_merge_layer=0).nlvr,
+            recipe, nlvr_from_blip(start(tokenizer, "pair"), first_merge_layer=0).model,
             [data / "pairs.jsonl"], tokenizer,
         ),
         {"accuracy"},
@@ -120,17 +120,7 @@ TASKS = {
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("world")
     draw_world(WorldConfig(num_web=24, num_human=9, num_test=5, seed=1), folder)
-    samples = list(read_samples(*list_shards(folder / "web"), on_bad=lambda key, reason: None))
-    rows = []
-    with ShardWriter(folder / "asked.tar") as writer:
-        for number, sample in enumerate(samples):
-            text = sample.captions[0].text
-            qa = [{"question": text, "answers": text.split()}]
-            writer.write(replace(sample, captions=(), meta={"qa": qa}))
-            (folder / f"{sample.key}.jpg").write_bytes(sample.image_bytes)
-            images = [f"{one.key}.jpg" for one in (sample, samples[number - 1])]
-            rows.append({"sentence": text, "label": number % 2 == 0, "images": images})
-    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_task_data(folder)
     return folder
 
 
@@ -146,12 +136,8 @@ def evaluated(recipe: PairRecipe, data: Path) -> PairRecipe:
     return type(recipe).model_validate({**dict(recipe), "evaluation": evaluation})
 
 
-def state_of(training: Training[Any]) -> dict[str, Tensor]:
+def state_of(training: Training[Any, Any]) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in training.step.state_dict().items()}
-
-
-def model_of(training: Training[Any]) -> Model:
-    return next(m for m in training.step.modules() if isinstance(m, Blip | Nlvr | Vqa))
 
 
 def lines_of(files: TrainingFiles) -> list[dict[str, Any]]:
@@ -187,7 +173,7 @@ def test_it_leaves_no_trace_and_survives_a_stop(
     best_step = max(scores, key=lambda step: scores[step]["criterion"])
     best, _ = task.load(files.best)
     assert f"after {best_step + 1} steps" in (files.best / "README.md").read_text()
-    assert (model_id(best) == model_id(model_of(whole))) == (best_step == 5)
+    assert (model_id(best) == model_id(whole.model)) == (best_step == 5)
     assert "Measured 3 times" in files.log.with_suffix(".html").read_text()
 
     advance = loop.ProgressLine.advance

@@ -1,10 +1,9 @@
 """A training that was stopped, however, ends as one that never was: weights, queue and log."""
 
-import json
 import os
 import signal
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -13,8 +12,7 @@ from torch import Tensor
 
 from openblip.config import Recipe
 from openblip.data.position import Position
-from openblip.data.sinks import ShardWriter
-from openblip.data.sources import kept_captions, list_shards, read_samples
+from openblip.data.sources import kept_captions
 from openblip.data.world import WorldConfig, draw_world
 from openblip.finetune.captioning import CaptioningRecipe, finetune_captioning
 from openblip.finetune.nlvr import NlvrRecipe, finetune_nlvr
@@ -30,6 +28,7 @@ from openblip.training import loop, watch
 from openblip.training.alignment import AlignmentConfig
 from openblip.training.pairs import PairRecipe
 from openblip.training.state import SavingRecipe, TrainingFiles, TrainingState
+from tests.task_data import write_task_data
 
 NUM_STEPS = 12
 PAIRS = {
@@ -70,7 +69,7 @@ def run_retrieval(recipe, data, tokenizer, files):
 
 
 def run_vqa(recipe, data, tokenizer, files):
-    vqa = vqa_from_blip(start(tokenizer, "pair", "decode")).vqa
+    vqa = vqa_from_blip(start(tokenizer, "pair", "decode")).model
     return finetune_vqa(recipe, vqa, [data / "asked.tar"], tokenizer, files=files)
 
 
@@ -78,11 +77,11 @@ def run_reconstruction(recipe, data, tokenizer, files):
     blip = start(tokenizer, "text", "pair")
     training = reconstruction_training(recipe, blip, [data / "human"], tokenizer)
     training.run(files, "reconstruction")
-    return training.blip
+    return training.model
 
 
 def run_nlvr(recipe, data, tokenizer, files):
-    nlvr = nlvr_from_blip(start(tokenizer, "pair"), first_merge_layer=0).nlvr
+    nlvr = nlvr_from_blip(start(tokenizer, "pair"), first_merge_layer=0).model
     return finetune_nlvr(recipe, nlvr, [data / "pairs.jsonl"], tokenizer, files=files)
 
 
@@ -124,20 +123,7 @@ TASKS = {
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("world")
     draw_world(WorldConfig(num_web=24, num_human=9, num_test=2, seed=1), folder)
-    with ShardWriter(folder / "asked.tar") as writer:
-        for sample in read_samples(*list_shards(folder / "web"), on_bad=lambda key, reason: None):
-            texts = [caption.text for caption in sample.captions]
-            qa = [{"question": text, "answers": text.split()} for text in texts]
-            writer.write(replace(sample, captions=(), meta={"qa": qa * 2}))
-    samples = list(read_samples(*list_shards(folder / "web"), on_bad=lambda key, reason: None))
-    rows = []
-    for number, sample in enumerate(samples):
-        (folder / f"{sample.key}.jpg").write_bytes(sample.image_bytes)
-        images = [f"{one.key}.jpg" for one in (sample, samples[number - 1])]
-        rows.append(
-            {"sentence": sample.captions[0].text, "label": number % 2 == 0, "images": images}
-        )
-    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_task_data(folder, times_asked=2)
     return folder
 
 
