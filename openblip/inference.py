@@ -1,36 +1,45 @@
-"""What a model is asked for: captions, match probabilities, embeddings, answers, of any number.
+"""The engine: what library, command line, CapFilt, search and server ask of a trained model.
 
-Every image is encoded once per call, in batches; all results come back on the CPU.
-
-Letters: S image side in pixels, E embedding width, L tokens, R pairs.
+Letters: I images, S image side in pixels, N patches, D width, E embedding width, T texts.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeVar
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from openblip.captions import clean_caption, clean_question
+from openblip.answering import (
+    ANSWER_DECODING,
+    Answer,
+    Candidates,
+    encode_questions,
+    rank_answers,
+    write_answers,
+)
+from openblip.backend import Backend, TorchBackend
+from openblip.captions import DEFAULT_PROMPT, clean_caption
+from openblip.data.prefetch import JOBS_PER_WORKER, map_in_order
 from openblip.generation import Decoding, generate
 from openblip.images import decode_image, eval_transform
-from openblip.losses import text_losses
+from openblip.kernels import Precision, best_precision, prepare
+from openblip.memory import fitting_batch, is_out_of_memory
 from openblip.models.blip import Blip
 from openblip.models.context import Context
 from openblip.models.vqa import Vqa
 from openblip.tokenizer import TokenBatch, Tokenizer
 
 MAX_TEXT_TOKENS = 35
-"""Tokens of a text that is compared, judged or asked, [CLS] and [SEP] included (BLIP's recipes)."""
-MAX_ANSWER_TOKENS = 40
-"""Tokens of an answer that can be chosen, [DEC] and [SEP] included."""
-RANKED_ROWS = 1024
-"""Candidate answers that are judged at a time: each has a vocabulary of logits for every token."""
-ANSWER_DECODING = Decoding(method="beam", num_beams=3, min_tokens=1, max_tokens=10)
-"""As the released code answers."""
-
-
+"""Tokens of a text that is compared or judged, [CLS] and [SEP] included (BLIP's recipes)."""
+TOKENS_AT_ONCE = 4096
+"""Tokens of all texts that are encoded together: what is computed of them stays near the cache."""
 DEFAULT_TEMPLATES = (
     "a picture of {}",
     "a picture of a {}",
@@ -39,6 +48,14 @@ DEFAULT_TEMPLATES = (
     "a close-up of a {}",
 )
 """Sentences that a label is put into, at `{}`."""
+
+_log = logging.getLogger(__name__)
+
+Dtype = Precision | Literal["auto"]
+ImageLike = Tensor | bytes | Path | Image.Image
+"""A prepared image (3, S, S), a file's bytes, its path, or an opened one."""
+T = TypeVar("T")
+H = TypeVar("H", Tensor, "Encoded")
 
 
 @dataclass(frozen=True)
@@ -80,21 +97,403 @@ class LabelGuess:
     similarity: float
 
 
+class Encoded:
+    """Images that an engine has encoded, to ask several things of.
+
+    states   (I, 1 + N, D), on the model's device
+    context  keys and values that texts look at, made when first asked for; they take up to 24 times
+             the memory of the states: `Encoded(encoded.states, encoded.backend)` is without them
+    """
+
+    def __init__(self, states: Tensor, backend: Backend, context: Context | None = None) -> None:
+        self.states, self.backend, self._context = states, backend, context
+
+    def __len__(self) -> int:
+        return self.states.shape[0]
+
+    def __getitem__(self, part: slice) -> "Encoded":
+        context = None if self._context is None else self._context[part]
+        return Encoded(self.states[part], self.backend, context)
+
+    @property
+    def context(self) -> Context:
+        if self._context is None:
+            self._context = self.backend.project_context(self.states)
+        return self._context
+
+
+Images = Iterable[ImageLike] | Encoded
+
+
+class Engine:
+    """A trained model, ready to be asked about any number of images.
+
+    model       a `Blip`, a `Vqa` (which is only asked), or another backend that runs a BLIP
+    dtype       `auto` is what is fastest on the model's device among those that lose no accuracy
+                worth speaking of; int8 is taken on request alone (docs/performance.md)
+    batch_size  images that are worked on together; by default what the free memory holds. It
+                changes no result beyond rounding, and is halved where memory does not suffice
+    prepack     lay out the weights for the processor, in a copy; without it the engine follows the
+                model's training
+    Raises ValueError for a precision that the device does not have.
+    """
+
+    def __init__(
+        self,
+        model: Blip | Vqa | Backend,
+        tokenizer: Tokenizer,
+        *,
+        dtype: Dtype = "auto",
+        batch_size: int | None = None,
+        prepack: bool = True,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self._backend: Backend | None = None
+        self._vqa: Vqa | None = None
+        self.precision = best_precision(model.device) if dtype == "auto" else dtype
+        match model:
+            case Blip():
+                self._backend = TorchBackend(model, self.precision, prepack=prepack)
+            case Vqa():
+                self._vqa = prepare(model, self.precision, prepack=prepack)
+            case _:
+                self._backend = model
+        self.config = model.config
+        self._batch_size = batch_size
+
+    @property
+    def backend(self) -> Backend:
+        """What runs the model. Raises ValueError for a model that is only asked."""
+        if self._backend is None:
+            raise ValueError("this model answers questions; captions and matches are another's")
+        return self._backend
+
+    @property
+    def image_size_px(self) -> int:
+        """S, the side that images are resized to."""
+        return self.config.vision.image_size_px
+
+    def prepare_image(self, image: ImageLike) -> Tensor:
+        """Decode and resize an image -> (3, S, S). Raises ImageDecodeError, and as reading does."""
+        match image:
+            case Tensor():
+                return image
+            case bytes():
+                return read_image(image, self.image_size_px)
+            case Path():
+                return read_image(image.read_bytes(), self.image_size_px)
+            case _:
+                return eval_transform(image.convert("RGB"), self.image_size_px)
+
+    def encode(self, images: Images) -> Encoded:
+        """Encode images once, for all that will be asked of them."""
+        if isinstance(images, Encoded):
+            return images
+        parts = [encoded.states for encoded in self._run(images, lambda encoded: [encoded])]
+        config = self.config.vision
+        empty = torch.zeros(0, 1 + config.num_patches, config.width, device=self.backend.device)
+        return Encoded(torch.cat(parts) if parts else empty, self.backend)
+
+    def caption(
+        self,
+        images: Images,
+        *,
+        decoding: Decoding | None = None,
+        prompt: str = DEFAULT_PROMPT,
+        captions_per_image: int = 1,
+        seeds: Sequence[int] | None = None,
+    ) -> list[list[WrittenCaption]]:
+        """Write captions.
+
+        decoding  by default beam search with 3 beams, 5 to 20 tokens
+        prompt    given to the decoder, and cut off what it writes
+        seeds     one per image, for nucleus; by default 0, 1, 2 ...
+        Returns   per image its captions, of beam search the best first
+        Raises ValueError as `generation.generate` does, and ImageDecodeError.
+        """
+        # [CLS] and [SEP] of the encoded prompt are no part of what is decoded.
+        prompt_ids = self.tokenizer.encode(prompt)[1:-1]
+        rest = None if seeds is None else list(seeds)
+        done = 0
+
+        def write(encoded: Encoded) -> list[list[WrittenCaption]]:
+            nonlocal done
+            stop = done + len(encoded)
+            own = list(range(done, stop)) if rest is None else rest[done:stop]
+            generated = generate(
+                self.backend,
+                encoded.context,
+                prompt_ids=prompt_ids,
+                tokens=self.tokenizer.special,
+                decoding=decoding or Decoding(),
+                seeds=own,
+                captions_per_image=captions_per_image,
+            )
+            done = stop
+            return [
+                [
+                    WrittenCaption(
+                        self.tokenizer.decode(one.token_ids),
+                        one.log_probabilities,
+                        one.mean_log_probability,
+                        one.is_finished,
+                    )
+                    for one in several
+                ]
+                for several in generated
+            ]
+
+        captions = self._run(images, write)
+        if rest is not None and len(rest) != len(captions):
+            raise ValueError(f"{len(rest)} seeds for {len(captions)} images")
+        return captions
+
+    def match(self, images: Images, texts: Sequence[Sequence[str]]) -> list[list[Judgement]]:
+        """Judge any number of texts per image, by ITM and by ITC.
+
+        texts   those of the first image, of the second, ...
+        Raises ValueError if there are not as many lists as images, and ImageDecodeError.
+        """
+        return self._match(images, texts, has_similarity=True)
+
+    def match_probabilities(self, images: Images, texts: Sequence[Sequence[str]]) -> list[Tensor]:
+        """Judge by ITM alone, which takes less: per image the probabilities of its texts."""
+        judged = self._match(images, texts, has_similarity=False)
+        return [torch.tensor([one.match_probability for one in several]) for several in judged]
+
+    def match_matrix(self, images: Images, texts: Sequence[str]) -> Tensor:
+        """Judge every text beside every image by ITM -> (I, T) probabilities."""
+        tokens = tokenize(self.tokenizer, texts)
+
+        def judge(encoded: Encoded) -> list[Tensor]:
+            return list(self._judge_tokens(encoded, [tokens] * len(encoded)).view(len(encoded), -1))
+
+        rows = self._run(images, judge)
+        return torch.stack(rows) if rows else torch.zeros(0, len(texts))
+
+    def match_tokens(self, encoded: Encoded, tokens: TokenBatch) -> Tensor:
+        """Return the ITM logits that tokenised texts (T, L) match one image -> (T,)."""
+        return self._logits(encoded, [tokens])[:, 1]
+
+    def embed_images(self, images: Images) -> Tensor:
+        """Embed images -> (I, E), unit norm. Raises ImageDecodeError."""
+        if isinstance(images, Encoded):
+            return self.backend.embed_states(images.states).cpu()
+        rows: list[Tensor] = []
+        for pixels in self._prepared(images):
+            rows += self._halving(pixels, lambda part: list(self.backend.embed_images(part).cpu()))
+        return torch.stack(rows) if rows else torch.zeros(0, self._embedding_width)
+
+    def embed_texts(self, texts: Sequence[str] | TokenBatch) -> Tensor:
+        """Embed texts -> (T, E), unit norm."""
+        tokens = texts if isinstance(texts, TokenBatch) else tokenize(self.tokenizer, texts)
+        embeddings = [torch.zeros(0, self._embedding_width)]
+        for part in _parts_of(tokens):
+            embeddings.append(
+                self.backend.embed_texts(tokens.token_ids[part], tokens.text_mask[part]).cpu()
+            )
+        return torch.cat(embeddings)
+
+    def refine(self, images: Iterable[ImageLike], texts: Sequence[str]) -> Tensor:
+        """Move the embedding of each image by a text -> (I, E), unit norm.
+
+        texts   what is true of the image that is sought, as "the same, but the circle is blue"
+        Raises ValueError if the numbers differ, and if the model has no reconstruction head.
+        """
+        if not isinstance(self.backend, TorchBackend):
+            raise ValueError("images are refined by a model in PyTorch alone")
+        tokens = tokenize(self.tokenizer, texts)
+        rows = [torch.zeros(0, self._embedding_width)]
+        done = 0
+        for pixels in self._prepared(images):
+            part = slice(done, done + len(pixels))
+            if part.stop > len(texts):
+                raise ValueError(f"{len(texts)} texts for {part.stop} images or more")
+            rows.append(
+                self.backend.refine(pixels, tokens.token_ids[part], tokens.text_mask[part]).cpu()
+            )
+            done = part.stop
+        if done != len(texts):
+            raise ValueError(f"{len(texts)} texts for {done} images")
+        return torch.cat(rows)
+
+    def labels(self, names: Sequence[str], templates: Sequence[str] = DEFAULT_TEMPLATES) -> Labels:
+        """Embed each label as the mean of its sentences' embeddings, normalised again.
+
+        templates   each holds `{}`, where the label goes
+        Raises ValueError for no or repeated labels, and for a template without its place.
+        Source: CLIP (Radford et al. 2021), section 3.1.4.
+        """
+        if not names or not templates:
+            raise ValueError(f"{len(names)} labels and {len(templates)} templates; give some of both")
+        if repeated := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"labels that stand more than once: {', '.join(repeated)}")
+        if wrong := [template for template in templates if template.count("{}") != 1]:
+            raise ValueError(f"templates need one {{}} for the label; these do not: {wrong}")
+        texts = [template.replace("{}", name) for name in names for template in templates]
+        means = self.embed_texts(texts).view(len(names), len(templates), -1).mean(dim=1)
+        return Labels(tuple(names), F.normalize(means, dim=-1))
+
+    def classify(self, images: Images, labels: Labels) -> list[list[LabelGuess]]:
+        """Compare each image with all labels; the best guess comes first.
+
+        A probability is the softmax of the cosines over the model's temperature: it is a share
+        among these labels, however ill they all fit.
+        """
+        similarity = self.embed_images(images) @ labels.embedding.T
+        probability = (similarity / self.backend.temperature).softmax(dim=1)
+        ranked = similarity.sort(dim=1, descending=True, stable=True).indices
+        return [
+            [LabelGuess(labels.names[i], float(shares[i]), float(cosines[i])) for i in order]
+            for order, shares, cosines in zip(
+                ranked.tolist(), probability, similarity, strict=True
+            )
+        ]
+
+    def ask(
+        self,
+        images: Iterable[ImageLike],
+        questions: Sequence[Sequence[str]],
+        *,
+        candidates: Candidates | None = None,
+        shortlist: int = 128,
+        decoding: Decoding = ANSWER_DECODING,
+    ) -> list[list[Answer]]:
+        """Answer any number of questions per image.
+
+        questions   those of the first image, of the second, ...
+        candidates  answers to choose from; without them the model writes its own
+        shortlist   candidates that are judged as a whole
+        Raises ValueError for a model that does not answer questions, and if there are not as many
+        lists as images; ImageDecodeError.
+        """
+        if self._vqa is None:
+            raise ValueError("this model answers no questions: `openblip finetune vqa` makes one")
+        answers: list[list[Answer]] = []
+        for pixels in self._prepared(images):
+            own = questions[len(answers) : len(answers) + len(pixels)]
+            if len(own) < len(pixels):
+                raise ValueError(f"{len(questions)} lists of questions for more images")
+            if not any(own):
+                answers += [[] for _ in own]
+                continue
+            context = encode_questions(self._vqa, self.tokenizer, pixels, own)
+            given = iter(
+                write_answers(self._vqa, self.tokenizer, context, decoding)
+                if candidates is None
+                else rank_answers(self._vqa, context, candidates, shortlist=shortlist)
+            )
+            answers += [[next(given) for _ in several] for several in own]
+        if len(answers) != len(questions):
+            raise ValueError(f"{len(questions)} lists of questions for {len(answers)} images")
+        return answers
+
+    def batches(self, images: Iterable[ImageLike]) -> Iterator[Encoded]:
+        """Encode images batch by batch; they are read in threads, a batch ahead of the model."""
+        for pixels in self._prepared(images):
+            yield from self._halving(pixels, lambda part: [self._encode(part)])
+
+    @property
+    def batch_size(self) -> int:
+        """Images that are worked on together."""
+        if self._batch_size is None:
+            device = self.backend.device if self._vqa is None else self._vqa.device
+            self._batch_size = fitting_batch(self.config.vision, self.config.text, device)
+        return self._batch_size
+
+    @property
+    def _embedding_width(self) -> int:
+        return self.backend.config.embedding_width
+
+    def _encode(self, pixels: Tensor) -> Encoded:
+        return Encoded(self.backend.encode_images(pixels), self.backend)
+
+    def _match(
+        self, images: Images, texts: Sequence[Sequence[str]], *, has_similarity: bool
+    ) -> list[list[Judgement]]:
+        if isinstance(images, Encoded | Sequence) and len(images) != len(texts):
+            raise ValueError(f"{len(texts)} lists of texts for {len(images)} images")
+        done = 0
+
+        def judge(encoded: Encoded) -> list[list[Judgement]]:
+            nonlocal done
+            own = texts[done : done + len(encoded)]
+            if len(own) < len(encoded):
+                raise ValueError(f"{len(texts)} lists of texts for more images")
+            tokens = [tokenize(self.tokenizer, several) for several in own]
+            probabilities = self._judge_tokens(encoded, tokens)
+            similarities = torch.full_like(probabilities, torch.nan)
+            if has_similarity and len(probabilities):
+                counts = torch.tensor([len(several) for several in own])
+                image = self.backend.embed_states(encoded.states).cpu().repeat_interleave(counts, 0)
+                text = self.embed_texts([text for several in own for text in several])
+                similarities = (image * text).sum(dim=1)
+            done += len(encoded)
+            both = map(Judgement, probabilities.tolist(), similarities.tolist())
+            return [[next(both) for _ in several] for several in own]
+
+        judged = self._run(images, judge)
+        if len(judged) != len(texts):
+            raise ValueError(f"{len(texts)} lists of texts for {len(judged)} images")
+        return judged
+
+    def _judge_tokens(self, encoded: Encoded, tokens: Sequence[TokenBatch]) -> Tensor:
+        return self._logits(encoded, tokens).softmax(dim=1)[:, 1]
+
+    def _logits(self, encoded: Encoded, tokens: Sequence[TokenBatch]) -> Tensor:
+        """Return ITM logits (all texts, 2) of the tokenised texts of each image."""
+        owners = [index for index, one in enumerate(tokens) for _ in range(len(one.token_ids))]
+        together = _joined(tokens)
+        logits = [torch.zeros(0, 2)]
+        for part in _parts_of(together):
+            logits.append(
+                self.backend.match_logits(
+                    together.token_ids[part], together.text_mask[part], owners[part],
+                    encoded.context,
+                ).cpu()
+            )  # fmt: skip
+        return torch.cat(logits)
+
+    def _run(self, images: Images, work: Callable[[Encoded], list[T]]) -> list[T]:
+        """Encode images in batches and collect what `work` makes of each."""
+        results: list[T] = []
+        if isinstance(images, Encoded):
+            for start in range(0, len(images), self.batch_size):
+                results += self._halving(images[start : start + self.batch_size], work)
+            return results
+        for pixels in self._prepared(images):
+            results += self._halving(pixels, lambda part: work(self._encode(part)))
+        return results
+
+    def _prepared(self, images: Iterable[ImageLike]) -> Iterator[Tensor]:
+        """Yield prepared images in batches, read in threads beside the model."""
+        workers = max(1, os.cpu_count() or 1)
+        with ThreadPoolExecutor(workers) as pool:
+            batch: list[Tensor] = []
+            for image in map_in_order(self.prepare_image, images, pool, JOBS_PER_WORKER * workers):
+                batch.append(image)
+                if len(batch) == self.batch_size:
+                    yield torch.stack(batch)
+                    batch = []
+            if batch:
+                yield torch.stack(batch)
+
+    def _halving(self, batch: H, work: Callable[[H], list[T]]) -> list[T]:
+        """Do the work on a batch, in halves where the memory does not suffice."""
+        try:
+            return work(batch)
+        except (RuntimeError, MemoryError) as error:
+            if len(batch) == 1 or not is_out_of_memory(error):
+                raise
+        half = len(batch) // 2
+        self._batch_size = max(1, half)
+        _log.warning("out of memory with %d images, going on with %d", len(batch), half)
+        return [*self._halving(batch[:half], work), *self._halving(batch[half:], work)]
+
+
 def read_image(data: bytes, size_px: int) -> Tensor:
     """Decode and prepare one image -> (3, S, S). Raises ImageDecodeError."""
     return eval_transform(decode_image(data), size_px)
-
-
-def batched(images: Iterable[Tensor], batch_size: int) -> Iterator[Tensor]:
-    """Stack images (3, S, S) to batches of at most `batch_size`."""
-    batch: list[Tensor] = []
-    for image in images:
-        batch.append(image)
-        if len(batch) == batch_size:
-            yield torch.stack(batch)
-            batch = []
-    if batch:
-        yield torch.stack(batch)
 
 
 def tokenize(tokenizer: Tokenizer, texts: Sequence[str]) -> TokenBatch:
@@ -104,279 +503,28 @@ def tokenize(tokenizer: Tokenizer, texts: Sequence[str]) -> TokenBatch:
     )
 
 
-@torch.no_grad()
-def caption_images(
-    blip: Blip,
-    tokenizer: Tokenizer,
-    images: Tensor,
-    *,
-    seeds: Sequence[int],
-    prompt: str,
-    decoding: Decoding,
-    captions_per_image: int = 1,
-) -> list[list[WrittenCaption]]:
-    """Write captions of a batch of images (B, 3, S, S).
-
-    seeds    one per image
-    prompt   given to the decoder, and cut off what it writes
-    Returns  per image its captions, of beam search the best first
-    Raises ValueError as `generation.generate` does.
-    """
-    context = blip.project_context(blip.encode_image(images.to(blip.device)))
-    # [CLS] and [SEP] of the encoded prompt are no part of what is decoded.
-    prompt_ids = tokenizer.encode(prompt)[1:-1]
-    generated = generate(
-        blip,
-        context,
-        prompt_ids=prompt_ids,
-        tokens=tokenizer.special,
-        decoding=decoding,
-        seeds=seeds,
-        captions_per_image=captions_per_image,
+def _joined(tokens: Sequence[TokenBatch]) -> TokenBatch:
+    """Put batches of texts behind each other, padded to the longest."""
+    length = max((one.token_ids.shape[1] for one in tokens), default=0)
+    widened = [
+        (F.pad(one.token_ids, (0, length - one.token_ids.shape[1])),
+         F.pad(one.text_mask, (0, length - one.text_mask.shape[1])))
+        for one in tokens
+    ]  # fmt: skip
+    ids, masks = zip(*widened, strict=True) if widened else ((), ())
+    empty = torch.zeros(0, length, dtype=torch.long)
+    return TokenBatch(
+        torch.cat([empty, *ids]), torch.cat([empty, *masks]), sum(one.num_truncated for one in tokens)
     )
-    return [
-        [
-            WrittenCaption(
-                tokenizer.decode(one.token_ids),
-                one.log_probabilities,
-                one.mean_log_probability,
-                one.is_finished,
-            )
-            for one in several
-        ]
-        for several in generated
-    ]
 
 
-@torch.no_grad()
-def judge_texts(
-    blip: Blip, tokenizer: Tokenizer, images: Tensor, texts: Sequence[Sequence[str]]
-) -> list[list[Judgement]]:
-    """Judge any number of texts per image of a batch (B, 3, S, S), each image encoded once."""
-    if len(texts) != images.shape[0]:
-        raise ValueError(f"{len(texts)} lists of texts for {images.shape[0]} images")
-    owners = [index for index, several in enumerate(texts) for _ in several]
-    if not owners:
-        return [[] for _ in texts]
-    rows = torch.tensor(owners, device=blip.device)
-    tokens = tokenize(tokenizer, [text for several in texts for text in several])
-    token_ids, text_mask = tokens.token_ids.to(blip.device), tokens.text_mask.to(blip.device)
-    image_states = blip.encode_image(images.to(blip.device))
-    context = blip.project_context(image_states).select(rows)
-    logits = blip.match_logits(blip.encode_pair(token_ids, text_mask, context))
-    image_embedding = blip.embed_image(image_states)[rows]
-    text_embedding = blip.embed_text(blip.encode_text(token_ids, text_mask))
-    judgements = map(
-        Judgement,
-        logits.float().softmax(dim=1)[:, 1].tolist(),
-        (image_embedding * text_embedding).sum(dim=1).tolist(),
-    )
-    return [[next(judgements) for _ in several] for several in texts]
-
-
-@torch.no_grad()
-def embed_images(blip: Blip, images: Iterable[Tensor], *, batch_size: int = 32) -> Tensor:
-    """Embed images (3, S, S) -> (number, E), unit norm."""
-    embeddings = [torch.zeros(0, blip.config.embedding_width)]
-    for batch in batched(images, batch_size):
-        embeddings.append(blip.embed_image(blip.encode_image(batch.to(blip.device))).cpu())
-    return torch.cat(embeddings)
-
-
-@torch.no_grad()
-def refine_images(blip: Blip, tokenizer: Tokenizer, images: Tensor, texts: Sequence[str]) -> Tensor:
-    """Move the embeddings of a batch of images by a text each -> image_embedding (B, E), unit norm.
-
-    images  (B, 3, S, S)
-    texts   what is true of the image that is sought, as "the same, but the circle is blue"
-    Raises ValueError if the numbers differ, and if the model has no reconstruction head.
-    """
-    if len(texts) != images.shape[0]:
-        raise ValueError(f"{len(texts)} texts for {images.shape[0]} images")
-    tokens = tokenize(tokenizer, texts)
-    device = blip.device
-    return blip.refine_image(
-        images.to(device), tokens.token_ids.to(device), tokens.text_mask.to(device)
-    ).cpu()
-
-
-@torch.no_grad()
-def embed_texts(blip: Blip, tokens: TokenBatch, *, batch_size: int = 256) -> Tensor:
-    """Embed tokenised texts -> (number, E), unit norm."""
-    embeddings = [torch.zeros(0, blip.config.embedding_width)]
-    for start in range(0, tokens.token_ids.shape[0], batch_size):
-        token_ids = tokens.token_ids[start : start + batch_size].to(blip.device)
-        text_mask = tokens.text_mask[start : start + batch_size].to(blip.device)
-        embeddings.append(blip.embed_text(blip.encode_text(token_ids, text_mask)).cpu())
-    return torch.cat(embeddings)
-
-
-def embed_labels(
-    blip: Blip,
-    tokenizer: Tokenizer,
-    names: Sequence[str],
-    templates: Sequence[str] = DEFAULT_TEMPLATES,
-) -> Labels:
-    """Embed each label as the mean of its sentences' embeddings, normalised again.
-
-    templates   each holds `{}`, where the label goes
-    Raises ValueError for no or repeated labels, and for a template without its place.
-    Source: CLIP (Radford et al. 2021), section 3.1.4.
-    """
-    if not names or not templates:
-        raise ValueError(f"{len(names)} labels and {len(templates)} templates; give some of both")
-    if repeated := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(f"labels that stand more than once: {', '.join(repeated)}")
-    if wrong := [template for template in templates if template.count("{}") != 1]:
-        raise ValueError(f"templates need one {{}} for the label; these do not: {wrong}")
-    texts = [template.replace("{}", name) for name in names for template in templates]
-    embeddings = embed_texts(blip, tokenize(tokenizer, texts))
-    means = embeddings.view(len(names), len(templates), -1).mean(dim=1)
-    return Labels(tuple(names), F.normalize(means, dim=-1))
-
-
-@torch.no_grad()
-def classify(blip: Blip, images: Tensor, labels: Labels) -> list[list[LabelGuess]]:
-    """Compare each image of a batch (B, 3, S, S) with all labels; the best guess comes first.
-
-    A probability is the softmax of the cosines over the model's temperature: it is a share among
-    these labels, however ill they all fit.
-    """
-    similarity = embed_images(blip, list(images)) @ labels.embedding.T
-    probability = (similarity / blip.temperature.cpu()).softmax(dim=1)
-    ranked = similarity.sort(dim=1, descending=True, stable=True).indices
-    return [
-        [LabelGuess(labels.names[i], float(shares[i]), float(cosines[i])) for i in order.tolist()]
-        for order, shares, cosines in zip(ranked, probability, similarity, strict=True)
-    ]
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What a model answers.
-
-    log_probability  nats, of the whole answer and [SEP] if it came
-    """
-
-    text: str
-    log_probability: float
-
-
-@dataclass(frozen=True)
-class Candidates:
-    """Answers to choose from, tokenised once.
-
-    tokens  of the answers, (A, L)
-    """
-
-    texts: tuple[str, ...]
-    tokens: TokenBatch
-
-    @classmethod
-    def of(cls, texts: Sequence[str], tokenizer: Tokenizer) -> "Candidates":
-        """Tokenise a list of answers. Raises ValueError if it is empty."""
-        if not texts:
-            raise ValueError("no candidate answer to choose from")
-        return cls(tuple(texts), tokenizer.encode_batch(texts, max_tokens=MAX_ANSWER_TOKENS))
-
-
-@torch.no_grad()
-def encode_questions(
-    vqa: Vqa, tokenizer: Tokenizer, images: Tensor, questions: Sequence[Sequence[str]]
-) -> Context:
-    """Encode any number of questions per image of a batch (B, 3, S, S), each image encoded once.
-
-    Returns what answers look at, one for every question in the order given.
-    Raises ValueError if there are not as many lists of questions as images, or no question.
-    """
-    if len(questions) != images.shape[0]:
-        raise ValueError(f"{len(questions)} lists of questions for {images.shape[0]} images")
-    owners = [index for index, several in enumerate(questions) for _ in several]
-    if not owners:
-        raise ValueError("no question to answer")
-    texts = [clean_question(text) for several in questions for text in several]
-    tokens = tokenizer.encode_batch(texts, max_tokens=MAX_TEXT_TOKENS)
-    token_ids, text_mask = tokens.token_ids.to(vqa.device), tokens.text_mask.to(vqa.device)
-    context = vqa.project_image(vqa.encode_image(images.to(vqa.device)))
-    rows = torch.tensor(owners, device=vqa.device)
-    states = vqa.encode_question(token_ids, text_mask, context.select(rows))
-    return vqa.project_question(states, text_mask)
-
-
-@torch.no_grad()
-def write_answers(
-    vqa: Vqa, tokenizer: Tokenizer, context: Context, decoding: Decoding
-) -> list[Answer]:
-    """Answer every question of `encode_questions` in the decoder's own words."""
-    written = generate(
-        vqa,
-        context,
-        prompt_ids=[],
-        tokens=tokenizer.special,
-        decoding=decoding,
-        seeds=[0] * context.num_images,
-    )
-    return [
-        Answer(tokenizer.decode(one.token_ids), sum(one.log_probabilities)) for [one] in written
-    ]
-
-
-@torch.no_grad()
-def rank_answers(
-    vqa: Vqa,
-    context: Context,
-    candidates: Candidates,
-    *,
-    shortlist: int = 128,
-    label_smoothing: float = 0.0,
-) -> list[Answer]:
-    """Choose the likeliest candidate for every question of `encode_questions`.
-
-    shortlist        candidates whose first token is the likeliest, which are judged as a whole
-    label_smoothing  0 compares log-probabilities; the released code judges by its training loss,
-                     with 0.1, and so do the `log_probability`s that come back then
-    Source: `rank_answer` of the released blip_vqa.py.
-    """
-    rows = torch.arange(context.num_images, device=vqa.device)
-    at_once = max(1, RANKED_ROWS // min(shortlist, len(candidates.texts)))
-    answers: list[Answer] = []
-    for start in range(0, context.num_images, at_once):
-        part = context.select(rows[start : start + at_once])
-        answers += _ranked(vqa, part, candidates, shortlist, label_smoothing)
-    return answers
-
-
-def _ranked(
-    vqa: Vqa, context: Context, candidates: Candidates, shortlist: int, label_smoothing: float
-) -> list[Answer]:
-    ids = candidates.tokens.token_ids.to(vqa.device)
-    mask = candidates.tokens.text_mask.to(vqa.device)
-    start = torch.full((context.num_images, 1), vqa.config.tokens.dec, device=vqa.device)
-    first = vqa.decode_step(start, vqa.new_decoder_cache(), context).float().softmax(dim=1)
-    places = first[:, ids[:, 1]].topk(min(shortlist, len(candidates.texts)), dim=1).indices
-    chosen_mask = mask[places].flatten(0, 1)
-    # One long answer of the list makes no other shortlist longer.
-    length = int(chosen_mask.sum(dim=1).max())
-    chosen_ids, chosen_mask = ids[places].flatten(0, 1)[:, :length], chosen_mask[:, :length]
-    logits = vqa.decode(chosen_ids, chosen_mask, context).float()
-    losses = text_losses(logits, chosen_ids, chosen_mask, label_smoothing=label_smoothing)
-    best = losses.view(places.shape).min(dim=1)
-    chosen = places.gather(1, best.indices[:, None]).squeeze(1)
-    return [
-        Answer(candidates.texts[place], -loss)
-        for place, loss in zip(chosen.tolist(), best.values.tolist(), strict=True)
-    ]
-
-
-def ask(
-    vqa: Vqa,
-    tokenizer: Tokenizer,
-    image: bytes,
-    questions: Sequence[str],
-    *,
-    decoding: Decoding = ANSWER_DECODING,
-) -> list[Answer]:
-    """Answer questions about an image, a file's bytes. Raises ImageDecodeError."""
-    pixels = read_image(image, vqa.config.vision.image_size_px)
-    context = encode_questions(vqa, tokenizer, pixels[None], [questions])
-    return write_answers(vqa, tokenizer, context, decoding)
+def _parts_of(tokens: TokenBatch) -> Iterator[slice]:
+    """Cut texts into runs of at most TOKENS_AT_ONCE tokens, padding not counted."""
+    start, total = 0, 0
+    for place, length in enumerate(tokens.text_mask.sum(dim=1).tolist()):
+        if total and total + length > TOKENS_AT_ONCE:
+            yield slice(start, place)
+            start, total = place, 0
+        total += length
+    if total:
+        yield slice(start, len(tokens.text_mask))

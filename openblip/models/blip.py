@@ -127,7 +127,7 @@ class Blip(nn.Module):
 
     def embed_image(self, image_states: Tensor) -> Tensor:
         """Project the [CLS] state -> image_embedding (B, E), unit norm."""
-        self._require("text")
+        self.require("text")
         return F.normalize(self.image_projection(image_states[:, 0]), dim=-1)
 
     def encode_text(self, token_ids: Tensor, text_mask: Tensor) -> Tensor:
@@ -137,7 +137,7 @@ class Blip(nn.Module):
 
     def embed_text(self, text_states: Tensor) -> Tensor:
         """Project the [CLS] state -> text_embedding (R, E), unit norm."""
-        self._require("text")
+        self.require("text")
         return F.normalize(self.text_projection(text_states[:, 0]), dim=-1)
 
     def project_context(self, image_states: Tensor) -> Context:
@@ -154,7 +154,7 @@ class Blip(nn.Module):
 
     def match_logits(self, pair_states: Tensor) -> Tensor:
         """Judge pairs from their [ENC] state -> (R, 2) logits of not matching, matching."""
-        self._require("pair")
+        self.require("pair")
         logits: Tensor = self.match_head(pair_states[:, 0])
         return logits
 
@@ -236,7 +236,7 @@ class Blip(nn.Module):
             )
         return self.config.reconstruction
 
-    def _require(self, role: Role) -> None:
+    def require(self, role: Role) -> None:
         if role not in self.config.text.roles:
             raise ValueError(
                 f"this model has no role {role!r}; "

@@ -5,6 +5,7 @@ Letters: B images, N patches, S image side in pixels, P patch side in pixels, D 
 
 import math
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -73,12 +74,18 @@ class VisionLayer(nn.Module):
         mlp: Tensor = self.down(F.gelu(self.up(self.mlp_norm(states))))
         return states + self._drop_path(mlp)
 
-    def _attend(self, states: Tensor) -> Tensor:
+    def class_state(self, states: Tensor) -> Tensor:
+        """Return the first of `forward`'s states alone, (B, 1, D); for inference."""
+        first = states[:, :1] + self._attend(self.attention_norm(states), num_queries=1)
+        mlp: Tensor = self.down(F.gelu(self.up(self.mlp_norm(first))))
+        return first + mlp
+
+    def _attend(self, states: Tensor, num_queries: int | None = None) -> Tensor:
         batch, length, width = states.shape
         qkv = self.qkv(states).view(batch, length, 3, self.num_heads, width // self.num_heads)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)
-        attended = F.scaled_dot_product_attention(query, key, value)
-        output: Tensor = self.output(attended.transpose(1, 2).reshape(batch, length, width))
+        attended = F.scaled_dot_product_attention(query[:, :, :num_queries], key, value)
+        output: Tensor = self.output(attended.transpose(1, 2).flatten(2))
         return output
 
     def _drop_path(self, branch: Tensor) -> Tensor:
@@ -119,6 +126,14 @@ class VisionTransformer(nn.Module):
         Raises ValueError if the side is not the configured one.
         """
         return self._encode(self._embed(images))
+
+    def class_state(self, images: Tensor) -> Tensor:
+        """Return the first of `forward`'s states alone, (B, 1, D); for inference."""
+        states = self._embed(images)
+        for layer in self.layers[:-1]:
+            states = layer(states)
+        normed: Tensor = self.norm(cast(VisionLayer, self.layers[-1]).class_state(states))
+        return normed
 
     def encode_visible(self, images: Tensor, visible: Tensor) -> Tensor:
         """Encode some patches of each image as if it had no others.

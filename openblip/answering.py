@@ -1,0 +1,140 @@
+"""Questions about images: encoded once, answered in own words or by the likeliest candidate."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from openblip.captions import clean_question
+from openblip.generation import Decoding, generate
+from openblip.losses import text_losses
+from openblip.models.context import Context
+from openblip.models.vqa import Vqa
+from openblip.tokenizer import TokenBatch, Tokenizer
+
+MAX_QUESTION_TOKENS = 35
+"""Tokens of a question, [CLS] and [SEP] included (BLIP's recipes)."""
+MAX_ANSWER_TOKENS = 40
+"""Tokens of an answer that can be chosen, [DEC] and [SEP] included."""
+RANKED_ROWS = 1024
+"""Candidate answers that are judged at a time: each has a vocabulary of logits for every token."""
+ANSWER_DECODING = Decoding(method="beam", num_beams=3, min_tokens=1, max_tokens=10)
+"""As the released code answers."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model answers.
+
+    log_probability  nats, of the whole answer and [SEP] if it came
+    """
+
+    text: str
+    log_probability: float
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Answers to choose from, tokenised once.
+
+    tokens  of the answers, (A, L)
+    """
+
+    texts: tuple[str, ...]
+    tokens: TokenBatch
+
+    @classmethod
+    def of(cls, texts: Sequence[str], tokenizer: Tokenizer) -> "Candidates":
+        """Tokenise a list of answers. Raises ValueError if it is empty."""
+        if not texts:
+            raise ValueError("no candidate answer to choose from")
+        return cls(tuple(texts), tokenizer.encode_batch(texts, max_tokens=MAX_ANSWER_TOKENS))
+
+
+@torch.no_grad()
+def encode_questions(
+    vqa: Vqa, tokenizer: Tokenizer, images: Tensor, questions: Sequence[Sequence[str]]
+) -> Context:
+    """Encode any number of questions per image of a batch (B, 3, S, S), each image encoded once.
+
+    Returns what answers look at, one for every question in the order given.
+    Raises ValueError if there are not as many lists of questions as images, or no question.
+    """
+    if len(questions) != images.shape[0]:
+        raise ValueError(f"{len(questions)} lists of questions for {images.shape[0]} images")
+    owners = [index for index, several in enumerate(questions) for _ in several]
+    if not owners:
+        raise ValueError("no question to answer")
+    texts = [clean_question(text) for several in questions for text in several]
+    tokens = tokenizer.encode_batch(texts, max_tokens=MAX_QUESTION_TOKENS)
+    token_ids, text_mask = tokens.token_ids.to(vqa.device), tokens.text_mask.to(vqa.device)
+    context = vqa.project_image(vqa.encode_image(images.to(vqa.device)))
+    rows = torch.tensor(owners, device=vqa.device)
+    states = vqa.encode_question(token_ids, text_mask, context.select(rows))
+    return vqa.project_question(states, text_mask)
+
+
+@torch.no_grad()
+def write_answers(
+    vqa: Vqa, tokenizer: Tokenizer, context: Context, decoding: Decoding
+) -> list[Answer]:
+    """Answer every question of `encode_questions` in the decoder's own words."""
+    written = generate(
+        vqa,
+        context,
+        prompt_ids=[],
+        tokens=tokenizer.special,
+        decoding=decoding,
+        seeds=[0] * context.num_images,
+    )
+    return [
+        Answer(tokenizer.decode(one.token_ids), sum(one.log_probabilities)) for [one] in written
+    ]
+
+
+@torch.no_grad()
+def rank_answers(
+    vqa: Vqa,
+    context: Context,
+    candidates: Candidates,
+    *,
+    shortlist: int = 128,
+    label_smoothing: float = 0.0,
+) -> list[Answer]:
+    """Choose the likeliest candidate for every question of `encode_questions`.
+
+    shortlist        candidates whose first token is the likeliest, which are judged as a whole
+    label_smoothing  0 compares log-probabilities; the released code judges by its training loss,
+                     with 0.1, and so do the `log_probability`s that come back then
+    Source: `rank_answer` of the released blip_vqa.py.
+    """
+    rows = torch.arange(context.num_images, device=vqa.device)
+    at_once = max(1, RANKED_ROWS // min(shortlist, len(candidates.texts)))
+    answers: list[Answer] = []
+    for start in range(0, context.num_images, at_once):
+        part = context.select(rows[start : start + at_once])
+        answers += _ranked(vqa, part, candidates, shortlist, label_smoothing)
+    return answers
+
+
+def _ranked(
+    vqa: Vqa, context: Context, candidates: Candidates, shortlist: int, label_smoothing: float
+) -> list[Answer]:
+    ids = candidates.tokens.token_ids.to(vqa.device)
+    mask = candidates.tokens.text_mask.to(vqa.device)
+    start = torch.full((context.num_images, 1), vqa.config.tokens.dec, device=vqa.device)
+    first = vqa.decode_step(start, vqa.new_decoder_cache(), context).float().softmax(dim=1)
+    places = first[:, ids[:, 1]].topk(min(shortlist, len(candidates.texts)), dim=1).indices
+    chosen_mask = mask[places].flatten(0, 1)
+    # One long answer of the list makes no other shortlist longer.
+    length = int(chosen_mask.sum(dim=1).max())
+    chosen_ids, chosen_mask = ids[places].flatten(0, 1)[:, :length], chosen_mask[:, :length]
+    logits = vqa.decode(chosen_ids, chosen_mask, context).float()
+    losses = text_losses(logits, chosen_ids, chosen_mask, label_smoothing=label_smoothing)
+    best = losses.view(places.shape).min(dim=1)
+    chosen = places.gather(1, best.indices[:, None]).squeeze(1)
+    return [
+        Answer(candidates.texts[place], -loss)
+        for place, loss in zip(chosen.tolist(), best.values.tolist(), strict=True)
+    ]
