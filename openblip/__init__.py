@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from openblip.hub import load as load
     from openblip.hub import load_vqa as load_vqa
-    from openblip.inference import ask as ask
+    from openblip.inference import Engine as Engine
     from openblip.models.blip import Blip as Blip
     from openblip.models.vqa import Vqa as Vqa
 
@@ -17,12 +17,12 @@ __version__ = "0.1.0"
 
 _HOME_OF = {
     "Blip": "openblip.models.blip",
+    "Engine": "openblip.inference",
     "Vqa": "openblip.models.vqa",
-    "ask": "openblip.inference",
     "load": "openblip.hub",
     "load_vqa": "openblip.hub",
 }
-__all__ = ["Blip", "Vqa", "__version__", "ask", "load", "load_vqa"]
+__all__ = ["Blip", "Engine", "Vqa", "__version__", "load", "load_vqa"]
 
 
 def __getattr__(name: str) -> object:

@@ -132,6 +132,4 @@ class TorchBackend:
     def _pack(
         self, token_ids: Tensor, text_mask: Tensor, first: int, owners: Sequence[int] | None
     ) -> PackedTexts:
-        return PackedTexts.of(
-            token_ids.to(self.device), text_mask.to(self.device), first, owners
-        )
+        return PackedTexts.of(token_ids.to(self.device), text_mask.to(self.device), first, owners)

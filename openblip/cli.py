@@ -20,7 +20,7 @@ from typer.core import TyperGroup
 
 from openblip import __version__, cli_evaluate, cli_stages, cli_vqa
 from openblip.captions import DEFAULT_PROMPT
-from openblip.cli_options import AsJson, Data, ModelArgument, ModelOption, Prompt
+from openblip.cli_options import AsJson, Data, DtypeOption, ModelArgument, ModelOption, Prompt
 from openblip.cli_output import answer, conversion_text, say, table
 from openblip.data.samples import Sample
 from openblip.data.sinks import write_json_atomically
@@ -110,6 +110,7 @@ def evaluate_retrieval(
         int,
         typer.Option(min=1, help="Candidates that ITM re-ranks; BLIP takes 256, Flickr30k 128."),
     ] = 128,
+    dtype: DtypeOption = "float32",
     as_json: AsJson = False,
 ) -> None:
     """Measure recalls of texts for images and the reverse.
@@ -118,9 +119,11 @@ def evaluate_retrieval(
     """
     from openblip.evaluation.retrieval import evaluate_retrieval as evaluate
     from openblip.hub import load
+    from openblip.inference import Engine
 
     samples = _samples(data)
-    report = evaluate(*load(model), samples, shortlist=shortlist)
+    engine = Engine(*load(model), dtype=dtype)
+    report = evaluate(engine, samples, shortlist=shortlist)
     itc, reranked = report.itc.to_json(), report.reranked.to_json()
     rows = [[name, f"{itc[name]:.2f}", f"{reranked[name]:.2f}"] for name in itc]
     size = f"{report.num_images} images, {report.num_texts} texts, shortlist {shortlist}"
@@ -140,6 +143,7 @@ def evaluate_captioning(
             help="Also write the captions here, as the servers of COCO and NoCaps take them."
         ),
     ] = None,
+    dtype: DtypeOption = "float32",
     as_json: AsJson = False,
 ) -> None:
     """Caption every image and score it by its own captions.
@@ -150,10 +154,12 @@ def evaluate_captioning(
     from openblip.evaluation.captioning import predictions as predictions_of
     from openblip.generation import Decoding
     from openblip.hub import load
+    from openblip.inference import Engine
 
     samples = _samples(data, may_lack_captions=predictions is not None)
     decoding = Decoding(method="beam", num_beams=num_beams)
-    report = evaluate(*load(model), samples, prompt=prompt, decoding=decoding)
+    engine = Engine(*load(model), dtype=dtype)
+    report = evaluate(engine, samples, prompt=prompt, decoding=decoding)
     if predictions is not None:
         predictions.parent.mkdir(parents=True, exist_ok=True)
         write_json_atomically(predictions, predictions_of(samples, report.captions))
@@ -242,6 +248,7 @@ def match(
     image: Annotated[Path, typer.Argument(metavar="IMAGE", help="Image file.")],
     texts: Annotated[list[str], typer.Argument(metavar="TEXT", help="Texts to judge.")],
     model: ModelOption,
+    dtype: DtypeOption = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Judge how well texts fit an image.
@@ -250,13 +257,13 @@ def match(
     """
     from openblip.data.files import prepare_image
     from openblip.hub import load
-    from openblip.inference import MAX_TEXT_TOKENS, judge_texts, tokenize
+    from openblip.inference import MAX_TEXT_TOKENS, Engine, tokenize
 
     data = image.read_bytes()
-    blip, tokenizer = load(model)
-    pixels = prepare_image(data, image, blip.config.vision.image_size_px)
-    [judged] = judge_texts(blip, tokenizer, pixels[None], [texts])
-    if num_truncated := tokenize(tokenizer, texts).num_truncated:
+    engine = Engine(*load(model), dtype=dtype)
+    pixels = prepare_image(data, image, engine.image_size_px)
+    [judged] = engine.match([pixels], [texts])
+    if num_truncated := tokenize(engine.tokenizer, texts).num_truncated:
         say(f"{num_truncated} texts are longer than {MAX_TEXT_TOKENS} tokens and were cut")
     matches = [{"text": text, **asdict(one)} for text, one in zip(texts, judged, strict=True)]
     lines = [f"{'match_probability':>17}  {'similarity':>10}  text"]
@@ -283,14 +290,14 @@ def refine(
     """
     from openblip.data.files import prepare_image
     from openblip.hub import load
-    from openblip.inference import embed_images, embed_texts, refine_images, tokenize
+    from openblip.inference import Engine
 
     data = image.read_bytes()
-    blip, tokenizer = load(model)
-    pixels = prepare_image(data, image, blip.config.vision.image_size_px)
-    [refined] = refine_images(blip, tokenizer, pixels[None], [text])
-    [before] = embed_images(blip, [pixels])
-    [told] = embed_texts(blip, tokenize(tokenizer, [text]))
+    engine = Engine(*load(model))
+    pixels = prepare_image(data, image, engine.image_size_px)
+    [refined] = engine.refine([pixels], [text])
+    [before] = engine.embed_images([pixels])
+    [told] = engine.embed_texts([text])
     result = {
         "image": str(image),
         "text": text,

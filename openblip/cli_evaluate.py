@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from openblip.cli_options import AsJson, ModelArgument, ModelOption
+from openblip.cli_options import AsJson, DtypeOption, ModelArgument, ModelOption
 from openblip.cli_output import answer, say, table
 
 Templates = Annotated[
@@ -31,6 +31,7 @@ def classify(
     templates: Templates = None,
     num_shown: Annotated[int, typer.Option("--top", min=1, help="Labels that are shown.")] = 5,
     batch_size: Annotated[int, typer.Option(min=1, help="Images that are encoded together.")] = 16,
+    dtype: DtypeOption = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Say which of some labels fits an image best.
@@ -41,8 +42,7 @@ def classify(
     """
     from openblip.data.files import list_files, read_batches
     from openblip.hub import load
-    from openblip.inference import classify as run
-    from openblip.inference import embed_labels
+    from openblip.inference import Engine
 
     names = _lines(Path(labels)) if Path(labels).is_file() else labels.split(",")
     names = [name.strip() for name in names if name.strip()]
@@ -54,11 +54,10 @@ def classify(
         say(f"not classified: {path}: {reason}")
 
     files = list_files(paths, on_bad=on_bad)
-    blip, tokenizer = load(model)
-    known = embed_labels(blip, tokenizer, names, _templates(templates))
-    size_px = blip.config.vision.image_size_px
-    for read, batch in read_batches(files, size_px, batch_size, on_bad=on_bad):
-        for path, guesses in zip(read, run(blip, batch, known), strict=True):
+    engine = Engine(*load(model), dtype=dtype)
+    known = engine.labels(names, _templates(templates))
+    for read, batch in read_batches(files, engine.image_size_px, batch_size, on_bad=on_bad):
+        for path, guesses in zip(read, engine.classify(batch, known), strict=True):
             best = guesses[:num_shown]
             images.append({"path": str(path), "labels": [asdict(guess) for guess in best]})
             if not as_json:
@@ -90,11 +89,13 @@ def evaluate_classification(
     from openblip.evaluation.zero_shot import class_folders
     from openblip.evaluation.zero_shot import evaluate_classification as evaluate
     from openblip.hub import load
+    from openblip.inference import Engine
 
     class_folders(data)
     words = None if names is None else _names(names)
     texts = _templates(templates)
-    report = evaluate(*load(model), data, names=words, templates=texts)
+    engine = Engine(*load(model), dtype="float32")
+    report = evaluate(engine, data, names=words, templates=texts)
     rows = [["top-1 in %", f"{report.top_1:.2f}"], ["top-5 in %", f"{report.top_5:.2f}"]]
     rows += [["images", str(report.num_images)], ["classes", str(report.num_classes)]]
     rows += [[f"not used: {reason}", str(number)] for reason, number in report.unusable.items()]
@@ -128,11 +129,11 @@ def evaluate_video(
     from openblip.data.video import read_video_texts
     from openblip.evaluation.video import evaluate_videos
     from openblip.hub import load
+    from openblip.inference import Engine
 
     captions = read_video_texts(texts)
-    report = evaluate_videos(
-        *load(model), captions, data, num_frames=num_frames, shortlist=shortlist
-    )
+    engine = Engine(*load(model), dtype="float32")
+    report = evaluate_videos(engine, captions, data, num_frames=num_frames, shortlist=shortlist)
     itc, reranked = report.itc.to_json(), report.reranked.to_json()
     rows = [[name, f"{itc[name]:.2f}", f"{reranked[name]:.2f}"] for name in itc]
     size = (

@@ -1,7 +1,7 @@
 """Arguments and options that several commands have."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -47,4 +47,11 @@ DATA_HELP = (
     "hf; {000..099} for several."
 )
 Data = Annotated[str, typer.Argument(metavar="DATA", help=DATA_HELP)]
+DtypeOption = Annotated[
+    Literal["auto", "float32", "bfloat16", "float16", "int8"],
+    typer.Option(
+        "--dtype",
+        help="Precision of the model; auto is the fastest that loses nothing worth speaking of.",
+    ),
+]
 Prompt = Annotated[str, typer.Option("--prompt", help="Start that is given to the decoder.")]

@@ -246,8 +246,9 @@ def capfilt_run(
         settings.prompt,
         settings.captions_per_image,
         settings.seed,
+        settings.dtype,
     )
-    reader = Filter(*load(judge))
+    reader = Filter(*load(judge), settings.dtype)
     for shard in shards:
         try:
             process_shard(shard, output, writer, reader, settings)

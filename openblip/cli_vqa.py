@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from openblip.cli_options import AsJson, Data, ModelArgument, ModelOption
+from openblip.cli_options import AsJson, Data, DtypeOption, ModelArgument, ModelOption
 from openblip.cli_output import answer, table
 from openblip.data.samples import Sample
 from openblip.data.shards import Shard
@@ -34,29 +34,21 @@ def ask(
     model: ModelOption,
     answers: Answers = None,
     shortlist: Shortlist = 128,
+    dtype: DtypeOption = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Answer questions about an image."""
+    from openblip.answering import Candidates
     from openblip.data.files import prepare_image
     from openblip.hub import load_vqa
-    from openblip.inference import (
-        ANSWER_DECODING,
-        Candidates,
-        encode_questions,
-        rank_answers,
-        write_answers,
-    )
+    from openblip.inference import Engine
 
     data = image.read_bytes()
     candidates = None if answers is None else _read_answers(answers)
-    vqa, tokenizer = load_vqa(model)
-    pixels = prepare_image(data, image, vqa.config.vision.image_size_px)
-    context = encode_questions(vqa, tokenizer, pixels[None], [questions])
-    if candidates is None:
-        given = write_answers(vqa, tokenizer, context, ANSWER_DECODING)
-    else:
-        chosen = Candidates.of(candidates, tokenizer)
-        given = rank_answers(vqa, context, chosen, shortlist=shortlist)
+    engine = Engine(*load_vqa(model), dtype=dtype)
+    pixels = prepare_image(data, image, engine.image_size_px)
+    chosen = None if candidates is None else Candidates.of(candidates, engine.tokenizer)
+    [given] = engine.ask([pixels], [questions], candidates=chosen, shortlist=shortlist)
     pairs = list(zip(questions, given, strict=True))
     result = [
         {"question": question, "answer": one.text, "log_probability": one.log_probability}
@@ -82,9 +74,9 @@ def evaluate_vqa(
     The accuracy is that of the VQA challenge, in percent. Data without answers give predictions
     alone.
     """
+    from openblip.answering import ANSWER_DECODING, Candidates, rank_answers, write_answers
     from openblip.evaluation.vqa import evaluate_vqa as evaluate
     from openblip.hub import load_vqa
-    from openblip.inference import ANSWER_DECODING, Candidates, rank_answers, write_answers
 
     candidates = None if answers is None else _read_answers(answers)
     shards = list_shards(data)

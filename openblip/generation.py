@@ -15,6 +15,11 @@ from openblip.models.text import SpecialTokens
 
 NEGLIGIBLE = -1e9
 """Starting score of all beams but the first, which would otherwise be its copies."""
+LEAVING_PARTS = 4
+"""Images leave a batch once this part of it, one in so many, is done."""
+NUCLEUS_TOKENS = 1024
+"""The likeliest tokens, among which a nucleus mostly ends: sorting a vocabulary takes longer than
+computing its logits."""
 
 
 class Decoder(Protocol):
@@ -138,35 +143,34 @@ def _step_by_step(
     draw: Sampler,
 ) -> list[list[Generated]]:
     num_rows = context.num_images * captions_per_image
-    device = context.keys[0].device
     generators = [
-        torch.Generator(device).manual_seed(_mixed(seed, index))
+        torch.Generator(context.device).manual_seed(_mixed(seed, index))
         for seed in seeds
         for index in range(captions_per_image)
     ]
-    ids = torch.tensor(prefix, device=device).repeat(num_rows, 1)
-    log_probabilities = torch.zeros(num_rows, 0, device=device)
-    is_done = torch.zeros(num_rows, dtype=torch.bool, device=device)
-    cache, newest = decoder.new_decoder_cache(), ids
+    batch = _Batch.start(decoder, context, prefix, captions_per_image)
+    is_done = torch.zeros(num_rows, dtype=torch.bool, device=context.device)
+    written: dict[int, list[Generated]] = {}
     min_length, max_length = _lengths(decoding, len(prefix))
-    while ids.shape[1] < max_length and not is_done.all():
-        logits = decoder.decode_step(newest, cache, context).float()
-        scores = _penalise(logits, ids, decoding.repetition_penalty)
-        if ids.shape[1] < min_length:
+    while batch.images:
+        logits = batch.next_logits()
+        scores = _penalise(logits, batch.ids, decoding.repetition_penalty)
+        if batch.ids.shape[1] < min_length:
             scores[:, tokens.sep] = -torch.inf
         if decoding.method == "nucleus":
             scores = _nucleus(scores / decoding.temperature, decoding.top_k, decoding.top_p)
-        chosen = draw(scores.softmax(dim=1), generators).masked_fill(is_done, tokens.pad)
-        gained = logits.log_softmax(dim=1).gather(1, chosen[:, None])
-        log_probabilities = torch.cat([log_probabilities, gained], dim=1)
-        newest = chosen[:, None]
-        ids = torch.cat([ids, newest], dim=1)
+        own = [generators[row] for row in batch.first_rows()]
+        chosen = draw(scores.softmax(dim=1), own).masked_fill(is_done, tokens.pad)
+        batch.append(chosen, logits.log_softmax(dim=1))
         is_done |= chosen == tokens.sep
-    rows = [
-        _finish(row[len(prefix) :], gains, tokens)
-        for row, gains in zip(ids.tolist(), log_probabilities.tolist(), strict=True)
-    ]
-    return [rows[i : i + captions_per_image] for i in range(0, num_rows, captions_per_image)]
+        is_over = batch.ids.shape[1] >= max_length
+        ended = is_done.view(-1, captions_per_image).all(dim=1) | is_over
+        for place in ended.nonzero().flatten().tolist():
+            if batch.images[place] not in written:
+                written[batch.images[place]] = batch.captions(place, tokens)
+        rows = batch.leave(ended)
+        is_done = is_done[rows]
+    return [written[image] for image in range(context.num_images)]
 
 
 def _beam(
@@ -178,18 +182,15 @@ def _beam(
     captions_per_image: int,
 ) -> list[list[Generated]]:
     """Search with K beams per image, as transformers 4.15 does but for what `scoring` changes."""
-    num_images, num_beams = context.num_images, decoding.num_beams
-    device = context.keys[0].device
+    num_beams, device = decoding.num_beams, context.device
     is_legacy = decoding.scoring == "transformers-4.15"
     min_length, max_length = _lengths(decoding, len(prefix))
     not_counted = 0 if is_legacy else len(prefix)
-    ids = torch.tensor(prefix, device=device).repeat(num_images * num_beams, 1)
-    gains = torch.zeros(num_images * num_beams, 0, device=device)
-    totals = torch.full((num_images, num_beams), NEGLIGIBLE, device=device)
+    batch = _Batch.start(decoder, context, prefix, num_beams)
+    totals = torch.full((context.num_images, num_beams), NEGLIGIBLE, device=device)
     totals[:, 0] = 0.0
-    finished: list[list[tuple[float, Generated]]] = [[] for _ in range(num_images)]
-    is_done = [False] * num_images
-    cache, newest = decoder.new_decoder_cache(), ids
+    finished: list[list[tuple[float, Generated]]] = [[] for _ in range(context.num_images)]
+    is_done = [False] * context.num_images
 
     def keep(image: int, total: float, caption: Generated, length: int) -> None:
         score = total / max(1, length - not_counted) ** decoding.length_penalty
@@ -197,68 +198,146 @@ def _beam(
             [*finished[image], (score, caption)], key=lambda item: item[0], reverse=True
         )[:num_beams]
 
-    while ids.shape[1] < max_length and not all(is_done):
-        length = ids.shape[1]
+    while batch.images and batch.ids.shape[1] < max_length:
+        length = batch.ids.shape[1]
         # The released code leaves out the token that is being added; in ours even [SEP] counts.
         counted = length if is_legacy else length + 1
-        logits = decoder.decode_step(newest, cache, context).float()
+        logits = batch.next_logits()
         own = logits.log_softmax(dim=1)
         if is_legacy:
-            scores = _penalise(own, ids, decoding.repetition_penalty)
+            scores = _penalise(own, batch.ids, decoding.repetition_penalty)
+        elif decoding.repetition_penalty == 1.0:
+            scores = own.clone()
         else:
-            scores = _penalise(logits, ids, decoding.repetition_penalty).log_softmax(dim=1)
+            scores = _penalise(logits, batch.ids, decoding.repetition_penalty).log_softmax(dim=1)
         if length < min_length:
             scores[:, tokens.sep] = -torch.inf
         vocabulary = scores.shape[1]
-        sums = (scores.view(num_images, num_beams, -1) + totals[:, :, None]).flatten(1)
+        sums = (scores.view(len(batch.images), num_beams, -1) + totals[:, :, None]).flatten(1)
         best, places = sums.topk(2 * num_beams, dim=1)
-        origins, chosen = places // vocabulary, places % vocabulary
         rows, next_ids, next_totals = [], [], []
-        for image in range(num_images):
-            first = image * num_beams
-            candidates = list(
-                zip(
-                    best[image].tolist(),
-                    origins[image].tolist(),
-                    chosen[image].tolist(),
-                    strict=True,
-                )
-            )
+        for place, (several, origins) in enumerate(
+            zip(best.tolist(), places.tolist(), strict=True)
+        ):
+            image, first = batch.images[place], place * num_beams
+            candidates = [
+                (total, first + origin // vocabulary, origin % vocabulary)
+                for total, origin in zip(several, origins, strict=True)
+            ]
             if not is_done[image]:
-                for total, origin, token in candidates[:num_beams]:
+                for total, row, token in candidates[:num_beams]:
                     if token == tokens.sep:
-                        row = first + origin
-                        caption = Generated(
-                            tuple(ids[row, len(prefix) :].tolist()),
-                            (*gains[row].tolist(), float(own[row, token])),
-                            True,
-                        )
+                        gains = (*batch.gains[row].tolist(), float(own[row, token]))
+                        caption = Generated(tuple(batch.new_ids(row)), gains, True)
                         keep(image, total, caption, counted)
-            going = [c for c in candidates if c[2] != tokens.sep][:num_beams]
-            for total, origin, token in going:
-                rows.append(first + origin)
+            for total, row, token in [c for c in candidates if c[2] != tokens.sep][:num_beams]:
+                rows.append(row)
                 next_ids.append(token)
                 next_totals.append(total)
             if len(finished[image]) == num_beams and not is_done[image]:
-                reachable = candidates[0][0]
                 divisor = max(1, counted - not_counted) ** decoding.length_penalty
-                is_done[image] = finished[image][-1][0] >= reachable / divisor
+                is_done[image] = finished[image][-1][0] >= candidates[0][0] / divisor
         order = torch.tensor(rows, device=device)
-        newest = torch.tensor(next_ids, device=device)[:, None]
-        totals = torch.tensor(next_totals, device=device).view(num_images, num_beams)
-        gains = torch.cat([gains[order], own[order].gather(1, newest)], dim=1)
-        ids = torch.cat([ids[order], newest], dim=1)
-        cache.reorder(order)
-    for image in range(num_images):
+        batch.reorder(order)
+        batch.append(torch.tensor(next_ids, device=device), own[order])
+        totals = torch.tensor(next_totals, device=device).view(-1, num_beams)
+        left = batch.leave(torch.tensor([is_done[image] for image in batch.images], device=device))
+        totals = totals.flatten()[left].view(-1, num_beams)
+    for place, image in enumerate(batch.images):
         if is_done[image]:
             continue
-        for beam in range(num_beams):
-            row = image * num_beams + beam
-            caption = Generated(
-                tuple(ids[row, len(prefix) :].tolist()), tuple(gains[row].tolist()), False
-            )
-            keep(image, float(totals[image, beam]), caption, ids.shape[1])
+        for beam, total in enumerate(totals[place].tolist()):
+            row = place * num_beams + beam
+            caption = Generated(tuple(batch.new_ids(row)), tuple(batch.gains[row].tolist()), False)
+            keep(image, total, caption, batch.ids.shape[1])
     return [[caption for _, caption in best[:captions_per_image]] for best in finished]
+
+
+@dataclass
+class _Batch:
+    """The images that are still written about, K rows each, and what was written so far.
+
+    images  numbers of the images
+    ids     (R, T) tokens with the prefix; gains (R, T - prefix) log-probabilities of the new ones
+    newest  (R, 1) tokens that the cache lacks; at first (B, prefix): rows of an image begin alike,
+            so the prefix is read once per image
+    """
+
+    decoder: Decoder
+    context: Context
+    cache: DecoderCache
+    images: list[int]
+    num_each: int
+    prefix_length: int
+    ids: Tensor
+    gains: Tensor
+    newest: Tensor
+
+    @classmethod
+    def start(
+        cls, decoder: Decoder, context: Context, prefix: list[int], num_each: int
+    ) -> "_Batch":
+        newest = torch.tensor(prefix, device=context.device).repeat(context.num_images, 1)
+        ids = newest.repeat_interleave(num_each, dim=0)
+        gains = torch.zeros(len(ids), 0, device=context.device)
+        return cls(
+            decoder, context, decoder.new_decoder_cache(), list(range(context.num_images)),
+            num_each, len(prefix), ids, gains, newest,
+        )  # fmt: skip
+
+    def next_logits(self) -> Tensor:
+        """Return logits (R, V) of the token that follows in each row."""
+        logits = self.decoder.decode_step(self.newest, self.cache, self.context).float()
+        if len(logits) < len(self.ids):
+            origin = torch.arange(len(logits), device=logits.device)
+            rows = origin.repeat_interleave(self.num_each)
+            self.cache.reorder(rows)
+            logits = logits[rows]
+        return logits
+
+    def append(self, chosen: Tensor, log_probabilities: Tensor) -> None:
+        """Add a token (R,) to each row, with the log-probabilities (R, V) that it came from."""
+        self.newest = chosen[:, None]
+        self.gains = torch.cat([self.gains, log_probabilities.gather(1, self.newest)], dim=1)
+        self.ids = torch.cat([self.ids, self.newest], dim=1)
+
+    def reorder(self, rows: Tensor) -> None:
+        """Go on from other rows, as beam search asks."""
+        self.ids, self.gains = self.ids[rows], self.gains[rows]
+        self.cache.reorder(rows)
+
+    def leave(self, is_done: Tensor) -> Tensor:
+        """Let images go that are done, (B,); return the numbers of the rows that stay.
+
+        The keys and values of those that stay are copied, which costs about as much as a step:
+        below a quarter of the batch nobody leaves.
+        """
+        everyone = torch.arange(len(self.ids), device=is_done.device)
+        num_done = int(is_done.sum())
+        if num_done * LEAVING_PARTS < len(self.images):
+            return everyone
+        stay = (~is_done).nonzero().flatten()
+        rows = everyone.view(-1, self.num_each)[stay].flatten()
+        self.images = [self.images[place] for place in stay.tolist()]
+        if self.images:
+            self.context = self.context.select(stay)
+            self.newest = self.newest[rows]
+            self.reorder(rows)
+        return rows
+
+    def first_rows(self) -> list[int]:
+        """Return the numbers that the rows had at the start."""
+        each = range(self.num_each)
+        return [image * self.num_each + index for image in self.images for index in each]
+
+    def new_ids(self, row: int) -> list[int]:
+        ids: list[int] = self.ids[row, self.prefix_length :].tolist()
+        return ids
+
+    def captions(self, place: int, tokens: SpecialTokens) -> list[Generated]:
+        """Return what was written about the image at `place`."""
+        rows = range(place * self.num_each, (place + 1) * self.num_each)
+        return [_finish(self.new_ids(row), self.gains[row].tolist(), tokens) for row in rows]
 
 
 def _lengths(decoding: Decoding, prefix_length: int) -> tuple[int, int]:
@@ -283,10 +362,15 @@ def _nucleus(scores: Tensor, top_k: int, top_p: float) -> Tensor:
     if top_k:
         lowest = scores.topk(min(top_k, scores.shape[1]), dim=1).values[:, -1:]
         scores = scores.masked_fill(scores < lowest, -torch.inf)
-    ordered, order = scores.sort(dim=1, descending=True)
-    before = ordered.softmax(dim=1).cumsum(dim=1).roll(1, dims=1)
+    probabilities = scores.softmax(dim=1)
+    num = min(NUCLEUS_TOKENS, scores.shape[1])
+    ordered, order = probabilities.topk(num, dim=1)
+    if num < scores.shape[1] and bool((ordered.sum(dim=1) <= top_p).any()):
+        ordered, order = probabilities.sort(dim=1, descending=True)
+    before = ordered.cumsum(dim=1).roll(1, dims=1)
     before[:, 0] = 0.0
-    return scores.masked_fill((before > top_p).scatter(1, order, before > top_p), -torch.inf)
+    is_inside = torch.zeros_like(scores, dtype=torch.bool).scatter(1, order, before <= top_p)
+    return scores.masked_fill(~is_inside, -torch.inf)
 
 
 def _finish(ids: list[int], gains: list[float], tokens: SpecialTokens) -> Generated:

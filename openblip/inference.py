@@ -122,7 +122,8 @@ class Encoded:
         return self._context
 
 
-Images = Iterable[ImageLike] | Encoded
+Images = Iterable[ImageLike] | Tensor | Encoded
+"""Images one by one; prepared ones (I, 3, S, S), which are one batch; or encoded ones."""
 
 
 class Engine:
@@ -133,8 +134,7 @@ class Engine:
                 worth speaking of; int8 is taken on request alone (docs/performance.md)
     batch_size  images that are worked on together; by default what the free memory holds. It
                 changes no result beyond rounding, and is halved where memory does not suffice
-    prepack     lay out the weights for the processor, in a copy; without it the engine follows the
-                model's training
+    prepack     lay out the weights for the processor, in a copy
     Raises ValueError for a precision that the device does not have.
     """
 
@@ -160,6 +160,11 @@ class Engine:
                 self._backend = model
         self.config = model.config
         self._batch_size = batch_size
+
+    @classmethod
+    def plain(cls, model: Blip | Vqa, tokenizer: Tokenizer) -> "Engine":
+        """Return an engine that runs the model itself, in float32: it follows its training."""
+        return cls(model, tokenizer, dtype="float32", prepack=False)
 
     @property
     def backend(self) -> Backend:
@@ -294,7 +299,7 @@ class Engine:
             )
         return torch.cat(embeddings)
 
-    def refine(self, images: Iterable[ImageLike], texts: Sequence[str]) -> Tensor:
+    def refine(self, images: Iterable[ImageLike] | Tensor, texts: Sequence[str]) -> Tensor:
         """Move the embedding of each image by a text -> (I, E), unit norm.
 
         texts   what is true of the image that is sought, as "the same, but the circle is blue"
@@ -325,7 +330,9 @@ class Engine:
         Source: CLIP (Radford et al. 2021), section 3.1.4.
         """
         if not names or not templates:
-            raise ValueError(f"{len(names)} labels and {len(templates)} templates; give some of both")
+            raise ValueError(
+                f"{len(names)} labels and {len(templates)} templates; give some of both"
+            )
         if repeated := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"labels that stand more than once: {', '.join(repeated)}")
         if wrong := [template for template in templates if template.count("{}") != 1]:
@@ -345,14 +352,12 @@ class Engine:
         ranked = similarity.sort(dim=1, descending=True, stable=True).indices
         return [
             [LabelGuess(labels.names[i], float(shares[i]), float(cosines[i])) for i in order]
-            for order, shares, cosines in zip(
-                ranked.tolist(), probability, similarity, strict=True
-            )
+            for order, shares, cosines in zip(ranked.tolist(), probability, similarity, strict=True)
         ]
 
     def ask(
         self,
-        images: Iterable[ImageLike],
+        images: Iterable[ImageLike] | Tensor,
         questions: Sequence[Sequence[str]],
         *,
         candidates: Candidates | None = None,
@@ -388,7 +393,7 @@ class Engine:
             raise ValueError(f"{len(questions)} lists of questions for {len(answers)} images")
         return answers
 
-    def batches(self, images: Iterable[ImageLike]) -> Iterator[Encoded]:
+    def batches(self, images: Iterable[ImageLike] | Tensor) -> Iterator[Encoded]:
         """Encode images batch by batch; they are read in threads, a batch ahead of the model."""
         for pixels in self._prepared(images):
             yield from self._halving(pixels, lambda part: [self._encode(part)])
@@ -411,7 +416,7 @@ class Engine:
     def _match(
         self, images: Images, texts: Sequence[Sequence[str]], *, has_similarity: bool
     ) -> list[list[Judgement]]:
-        if isinstance(images, Encoded | Sequence) and len(images) != len(texts):
+        if isinstance(images, Encoded | Tensor | Sequence) and len(images) != len(texts):
             raise ValueError(f"{len(texts)} lists of texts for {len(images)} images")
         done = 0
 
@@ -465,8 +470,12 @@ class Engine:
             results += self._halving(pixels, lambda part: work(self._encode(part)))
         return results
 
-    def _prepared(self, images: Iterable[ImageLike]) -> Iterator[Tensor]:
+    def _prepared(self, images: Iterable[ImageLike] | Tensor) -> Iterator[Tensor]:
         """Yield prepared images in batches, read in threads beside the model."""
+        if isinstance(images, Tensor):
+            if len(images):
+                yield images
+            return
         workers = max(1, os.cpu_count() or 1)
         with ThreadPoolExecutor(workers) as pool:
             batch: list[Tensor] = []
@@ -514,7 +523,9 @@ def _joined(tokens: Sequence[TokenBatch]) -> TokenBatch:
     ids, masks = zip(*widened, strict=True) if widened else ((), ())
     empty = torch.zeros(0, length, dtype=torch.long)
     return TokenBatch(
-        torch.cat([empty, *ids]), torch.cat([empty, *masks]), sum(one.num_truncated for one in tokens)
+        torch.cat([empty, *ids]),
+        torch.cat([empty, *masks]),
+        sum(one.num_truncated for one in tokens),
     )
 
 

@@ -35,7 +35,9 @@ INT8_ZERO = 128
 @functools.cache
 def is_x86() -> bool:
     """Say whether this is a processor for whose products oneDNN lays out weights."""
-    return platform.machine().lower() in {"x86_64", "amd64"} and torch.backends.mkldnn.is_available()
+    return (
+        platform.machine().lower() in {"x86_64", "amd64"} and torch.backends.mkldnn.is_available()
+    )
 
 
 @functools.cache
@@ -128,10 +130,12 @@ def best_precision(device: torch.device) -> Precision:
 def prepare(model: M, precision: Precision, *, prepack: bool = True) -> M:
     """Return a copy of a model for inference in a precision; what can be is shared with the model.
 
-    prepack  lay out the weights, which takes their memory once more; else they stay the model's own,
-             and follow its training
+    prepack  lay out the weights, which takes their memory once more. Without it a model in float32
+             comes back as it is
     Raises ValueError for a precision that the model's device does not have.
     """
+    if precision == "float32" and not prepack:
+        return model
     device = next(model.parameters()).device
     if precision == "int8" and (device.type != "cpu" or not is_x86()):
         raise ValueError(f"int8 needs an x86 processor, the model is on {device}: take bfloat16")
@@ -157,4 +161,4 @@ def _replace(module: nn.Module, kind: type[PackedLinear] | type[Int8Linear]) -> 
     head, embedding = getattr(module, "lm_head", None), getattr(module, "word_embedding", None)
     if isinstance(head, LmHead) and isinstance(embedding, nn.Embedding):
         if embedding.embedding_dim >= SMALLEST_WIDTH:
-            setattr(module, "lm_head", PreparedLmHead(head, kind(embedding.weight, head.bias)))
+            module.lm_head = PreparedLmHead(head, kind(embedding.weight, head.bias))

@@ -20,6 +20,7 @@ from openblip.data.sources import Data, WeightedData, check_data, kept_captions
 from openblip.evaluation.captioning import evaluate_captioning
 from openblip.evaluation.retrieval import evaluate_itc
 from openblip.generation import Decoding
+from openblip.inference import Engine
 from openblip.losses import lm_loss, reconstruction_loss
 from openblip.models.blip import Blip
 from openblip.models.reconstruction import ReconstructionConfig, draw_visible, is_hidden
@@ -156,9 +157,10 @@ def _measure(
     blip: Blip, tokenizer: Tokenizer, samples: Sequence[Sample], how: EvaluatingRecipe
 ) -> Scores:
     """Measure recalls by ITC alone, whose mean chooses the best, and captions without a prompt."""
-    itc = evaluate_itc(blip, tokenizer, samples)
+    engine = Engine.plain(blip, tokenizer)
+    itc = evaluate_itc(engine, samples)
     captions = evaluate_captioning(
-        blip, tokenizer, samples, prompt="", decoding=how.decoding or Decoding(), is_silent=True
+        engine, samples, prompt="", decoding=how.decoding or Decoding(), is_silent=True
     ).scores
     assert captions is not None
     values = {f"itc_{name}": value for name, value in itc.to_json().items()}

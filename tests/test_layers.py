@@ -13,8 +13,9 @@ PACKAGE = Path(__file__).resolve().parent.parent / "openblip"
 LAYERS = {
     0: ["config", "captions", "data.samples", "data.sources", "data.sinks", "data.tar",
         "data.caption_files", "data.remote", "data.rows", "data.shards", "data.tables"],
-    1: ["tokenizer", "images", "augment", "models", "losses", "generation"],
+    1: ["tokenizer", "images", "augment", "models", "losses", "generation", "kernels"],
     2: ["data", "training", "page", "page_charts", "checkpoint", "convert", "hub", "inference",
+        "answering", "backend", "memory",
         "convert_official", "convert_transformers", "convert_vocabulary", "convert_weights"],
     3: ["evaluation", "search", "explain"],
     4: ["pretrain", "finetune", "capfilt", "quickstart"],

@@ -45,6 +45,7 @@ from openblip.evaluation.retrieval import evaluate_retrieval
 from openblip.finetune.captioning import CaptioningRecipe, finetune_captioning
 from openblip.finetune.retrieval import RetrievalRecipe, finetune_retrieval
 from openblip.generation import Decoding
+from openblip.inference import Engine
 from openblip.models.blip import Blip
 from openblip.pretrain import PretrainRecipe, pretrain
 from openblip.tokenizer import Tokenizer
@@ -219,8 +220,9 @@ class _Loop:
             recipe.prompt,
             recipe.captions_per_image,
             recipe.seed,
+            recipe.dtype,
         )
-        reader = Filter(judge, self.tokenizer)
+        reader = Filter(judge, self.tokenizer, recipe.dtype)
         with self._timed("capfilt"):
             for shard in list_shards(self.data.web):
                 process_shard(shard, self.out / "capfilt", writer, reader, recipe)
@@ -238,12 +240,12 @@ class _Loop:
         if not path.exists():
             path.parent.mkdir(exist_ok=True)
             recipe = self.recipe.evaluation
-            blip, tokenizer = load_checkpoint(self.out / name)
+            engine = Engine(*load_checkpoint(self.out / name), dtype="float32")
             samples = list(_samples(self.data.test))
             with self._timed(_evaluation_of(name)):
-                retrieval = evaluate_retrieval(blip, tokenizer, samples, shortlist=recipe.shortlist)
+                retrieval = evaluate_retrieval(engine, samples, shortlist=recipe.shortlist)
                 captioning = evaluate_captioning(
-                    blip, tokenizer, samples, prompt=recipe.prompt, decoding=recipe.decoding
+                    engine, samples, prompt=recipe.prompt, decoding=recipe.decoding
                 )
             report = {"retrieval": retrieval.to_json(), "captioning": captioning.to_json()}
             write_json_atomically(path, report)

@@ -9,7 +9,7 @@ from openblip.checkpoint import model_id
 from openblip.data.batches import stable_id
 from openblip.data.samples import Caption
 from openblip.generation import Decoding
-from openblip.inference import caption_images
+from openblip.inference import Dtype, Engine
 from openblip.models.blip import Blip
 from openblip.tokenizer import Tokenizer
 
@@ -19,6 +19,7 @@ class Captioner:
     """A model with the role `decode`, and how it writes.
 
     seed   together with the sample's key it fixes what is drawn, whatever else is in the batch
+    dtype  of the engine that runs the model
     model  hash of the weights
     """
 
@@ -28,17 +29,19 @@ class Captioner:
     prompt: str
     captions_per_image: int = 1
     seed: int = 0
+    dtype: Dtype = "float32"
     model: str = field(init=False)
+    engine: Engine = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "model", model_id(self.blip))
+        engine = Engine(self.blip, self.tokenizer, dtype=self.dtype)
+        object.__setattr__(self, "engine", engine)
 
     def caption(self, images: Tensor, keys: Sequence[str]) -> list[list[Caption]]:
         """Write captions of prepared images (B, 3, S, S) that the keys name."""
         seeds = [stable_id(f"{self.seed}/{key}") for key in keys]
-        written = caption_images(
-            self.blip,
-            self.tokenizer,
+        written = self.engine.caption(
             images,
             seeds=seeds,
             prompt=self.prompt,

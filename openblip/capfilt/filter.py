@@ -11,7 +11,7 @@ from openblip.captions import clean_caption
 from openblip.checkpoint import model_id
 from openblip.config import Recipe
 from openblip.data.samples import Caption, CaptionSource
-from openblip.inference import judge_texts
+from openblip.inference import Dtype, Engine
 from openblip.models.blip import Blip
 from openblip.tokenizer import Tokenizer
 
@@ -59,14 +59,22 @@ class KeepRule(Recipe):
 
 @dataclass(frozen=True)
 class Filter:
-    """A model with the roles `text` and `pair`. model is the hash of its weights."""
+    """A model with the roles `text` and `pair`.
+
+    dtype  of the engine that runs the model
+    model  hash of the weights
+    """
 
     blip: Blip
     tokenizer: Tokenizer
+    dtype: Dtype = "float32"
     model: str = field(init=False)
+    engine: Engine = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "model", model_id(self.blip))
+        engine = Engine(self.blip, self.tokenizer, dtype=self.dtype)
+        object.__setattr__(self, "engine", engine)
 
     def judge(self, images: Tensor, captions: Sequence[Sequence[Caption]]) -> list[list[Caption]]:
         """Give the captions of prepared images (B, 3, S, S) their match probability and cosine.
@@ -74,7 +82,7 @@ class Filter:
         Raises FloatingPointError if the model has diverged: NaN is neither kept nor dropped.
         """
         texts = [[caption.text for caption in several] for several in captions]
-        judged = judge_texts(self.blip, self.tokenizer, images, texts)
+        judged = self.engine.match(images, texts)
         if any(math.isnan(j.match_probability) for several in judged for j in several):
             raise FloatingPointError(f"the filter {self.model} gives NaN: its training diverged")
         return [

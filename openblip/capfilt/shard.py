@@ -36,6 +36,7 @@ from openblip.data.sources import Address, read_samples
 from openblip.generation import Decoding
 from openblip.images import ImageDecodeError
 from openblip.inference import read_image
+from openblip.kernels import Precision
 from openblip.training.log import ProgressLine
 
 _CHUNK_BYTES = 1 << 20
@@ -49,6 +50,7 @@ class CapfiltRecipe(Recipe):
     captions_per_image: int = Field(1, ge=1)
     keep: KeepRule = KeepRule()
     batch_size: int = Field(32, ge=1)
+    dtype: Precision = "float32"
     seed: int = 42
 
 

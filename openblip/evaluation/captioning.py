@@ -6,9 +6,7 @@ from dataclasses import dataclass
 from openblip.data.samples import Sample
 from openblip.evaluation.caption_metrics import CaptionScores, score_captions
 from openblip.generation import Decoding
-from openblip.inference import batched, caption_images, read_image
-from openblip.models.blip import Blip
-from openblip.tokenizer import Tokenizer
+from openblip.inference import Engine
 from openblip.training.log import ProgressLine
 
 
@@ -26,13 +24,11 @@ class CaptioningReport:
 
 
 def evaluate_captioning(
-    blip: Blip,
-    tokenizer: Tokenizer,
+    engine: Engine,
     samples: Iterable[Sample],
     *,
     prompt: str,
     decoding: Decoding,
-    batch_size: int = 32,
     is_silent: bool = False,
 ) -> CaptioningReport:
     """Caption every sample and score it against the captions that the sample has.
@@ -43,17 +39,14 @@ def evaluate_captioning(
     image.
     """
     samples = list(samples)
-    size_px = blip.config.vision.image_size_px
-    images = (read_image(sample.image_bytes, size_px) for sample in samples)
+    images = (sample.image_bytes for sample in samples)
     texts: list[str] = []
     with ProgressLine("captioning", len(samples), unit="images", is_silent=is_silent) as progress:
-        for batch in batched(images, batch_size):
-            seeds = [0] * batch.shape[0]
-            written = caption_images(
-                blip, tokenizer, batch, seeds=seeds, prompt=prompt, decoding=decoding
-            )
+        for batch in engine.batches(images):
+            seeds = [0] * len(batch)
+            written = engine.caption(batch, seeds=seeds, prompt=prompt, decoding=decoding)
             texts += [one.text for [one] in written]
-            progress.advance(batch.shape[0])
+            progress.advance(len(batch))
     keys = [sample.key for sample in samples]
     captions = dict(zip(keys, texts, strict=True))
     references = {sample.key: [c.text for c in sample.captions] for sample in samples}

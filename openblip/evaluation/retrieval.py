@@ -1,9 +1,9 @@
 """Image-text retrieval: ITC similarities, then ITM re-ranks a shortlist (BLIP sec. 5.1).
 
-Letters: I images, T texts, K shortlist, S image side in pixels.
+Letters: I images, T texts, K shortlist.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -11,9 +11,8 @@ from torch import Tensor
 
 from openblip.data.samples import Sample
 from openblip.evaluation.metrics import RetrievalRecalls, retrieval_recalls
-from openblip.inference import batched, embed_images, embed_texts, read_image, tokenize
-from openblip.models.blip import Blip
-from openblip.tokenizer import TokenBatch, Tokenizer
+from openblip.inference import Encoded, Engine, ImageLike, tokenize
+from openblip.tokenizer import TokenBatch
 from openblip.training.log import ProgressLine
 
 NOT_JUDGED = -100.0
@@ -57,33 +56,31 @@ class RetrievalReport:
 
 @torch.no_grad()
 def score_retrieval(
-    blip: Blip,
-    images: Iterable[Tensor],
+    engine: Engine,
+    images: Iterable[ImageLike],
     tokens: TokenBatch,
     *,
     shortlist: int,
-    batch_size: int = 8,
     is_silent: bool = False,
 ) -> RetrievalScores:
     """Score every image with every text by ITC, and each one's K best by ITM.
 
-    images      (3, S, S) each; gone through twice, so that no image states need be kept
-    batch_size  images encoded together; all pairs of one image are judged together
-    is_silent   tell no progress
+    images     gone through twice, so that no image states need be kept
+    is_silent  tell no progress
     Raises ValueError if `images` is an iterator, which is empty the second time.
     Source: `evaluation` of the released train_retrieval.py. A pair of both shortlists is judged
     once, since its score does not depend on the direction.
     """
-    similarity = embed_images(blip, images) @ embed_texts(blip, tokens).T
-    states = (blip.encode_image(batch.to(blip.device)) for batch in batched(images, batch_size))
-    return rerank(blip, similarity, states, tokens, shortlist=shortlist, is_silent=is_silent)
+    similarity = engine.embed_images(images) @ engine.embed_texts(tokens).T
+    batches = engine.batches(images)
+    return rerank(engine, similarity, batches, tokens, shortlist=shortlist, is_silent=is_silent)
 
 
 @torch.no_grad()
 def rerank(
-    blip: Blip,
+    engine: Engine,
     similarity: Tensor,
-    image_states: Iterable[Tensor],
+    images: Iterable[Encoded],
     tokens: TokenBatch,
     *,
     shortlist: int,
@@ -91,9 +88,9 @@ def rerank(
 ) -> RetrievalScores:
     """Score by ITM the K best of each image and of each text.
 
-    similarity    (I, T) ITC cosine
-    image_states  of all images in their order, in batches (B, positions, width)
-    is_silent     tell no progress
+    similarity  (I, T) ITC cosine
+    images      all of them in their order, in batches
+    is_silent   tell no progress
     Raises ValueError if there are not I of them.
     """
     num_images, num_texts = similarity.shape
@@ -106,22 +103,15 @@ def rerank(
     scores = torch.full_like(similarity, NOT_JUDGED)
     image = 0
     with ProgressLine("re-ranking", num_images, unit="images", is_silent=is_silent) as progress:
-        for batch in image_states:
-            context = blip.project_context(batch)
-            for row in range(batch.shape[0]):
+        for batch in images:
+            for row in range(len(batch)):
                 texts = (in_image_list[image] | in_text_list[image]).nonzero().squeeze(1)
                 if len(texts):
-                    text_mask = tokens.text_mask[texts]
-                    length = int(text_mask.sum(dim=1).max())
-                    pair_states = blip.encode_pair(
-                        tokens.token_ids[texts, :length].to(blip.device),
-                        text_mask[:, :length].to(blip.device),
-                        context.select(torch.tensor([row], device=blip.device)),
-                    )
-                    logits = blip.match_logits(pair_states)[:, 1].float().cpu()
+                    chosen = TokenBatch(tokens.token_ids[texts], tokens.text_mask[texts], 0)
+                    logits = engine.match_tokens(batch[row : row + 1], chosen)
                     scores[image, texts] = logits + similarity[image, texts]
                 image += 1
-            progress.advance(batch.shape[0])
+            progress.advance(len(batch))
     if image < num_images:
         raise ValueError(f"{num_images} images came, and {image} the second time: give a list")
     return RetrievalScores(
@@ -132,8 +122,7 @@ def rerank(
 
 
 def evaluate_retrieval(
-    blip: Blip,
-    tokenizer: Tokenizer,
+    engine: Engine,
     samples: Iterable[Sample],
     *,
     shortlist: int,
@@ -144,51 +133,40 @@ def evaluate_retrieval(
     is_silent  tell no progress
     Raises ValueError for no samples or one without captions, and ImageDecodeError for a bad image.
     """
-    pairs = _Pairs.of(blip, tokenizer, samples)
+    pairs = _Pairs.of(engine, samples)
     scores = score_retrieval(
-        blip, pairs.images, pairs.tokens, shortlist=shortlist, is_silent=is_silent
+        engine, pairs.images, pairs.tokens, shortlist=shortlist, is_silent=is_silent
     )
     return RetrievalReport(
         itc=retrieval_recalls(scores.similarity, scores.similarity.T, pairs.owners),
         reranked=retrieval_recalls(scores.image_to_text, scores.text_to_image, pairs.owners),
         shortlist=shortlist,
-        num_images=len(pairs.images.samples),
+        num_images=len(pairs.images),
         num_texts=len(pairs.owners),
     )
 
 
-def evaluate_itc(blip: Blip, tokenizer: Tokenizer, samples: Iterable[Sample]) -> RetrievalRecalls:
+def evaluate_itc(engine: Engine, samples: Iterable[Sample]) -> RetrievalRecalls:
     """Measure retrieval by ITC alone, as `evaluate_retrieval` does before re-ranking."""
-    pairs = _Pairs.of(blip, tokenizer, samples)
-    similarity = embed_images(blip, pairs.images) @ embed_texts(blip, pairs.tokens).T
+    pairs = _Pairs.of(engine, samples)
+    similarity = engine.embed_images(pairs.images) @ engine.embed_texts(pairs.tokens).T
     return retrieval_recalls(similarity, similarity.T, pairs.owners)
 
 
 @dataclass(frozen=True)
-class _Images:
-    """The samples' images, decoded anew in each pass."""
-
-    samples: list[Sample]
-    size_px: int
-
-    def __iter__(self) -> Iterator[Tensor]:
-        return (read_image(sample.image_bytes, self.size_px) for sample in self.samples)
-
-
-@dataclass(frozen=True)
 class _Pairs:
-    """The samples' images, all texts, and the image (T,) that each text belongs to."""
+    """The samples' image files, all texts, and the image (T,) that each text belongs to."""
 
-    images: _Images
+    images: list[bytes]
     tokens: TokenBatch
     owners: Tensor
 
     @classmethod
-    def of(cls, blip: Blip, tokenizer: Tokenizer, samples: Iterable[Sample]) -> "_Pairs":
+    def of(cls, engine: Engine, samples: Iterable[Sample]) -> "_Pairs":
         samples = list(samples)
         if not samples:
             raise ValueError("there is no sample to evaluate on")
         texts = [caption.text for sample in samples for caption in sample.captions]
         owners = [index for index, sample in enumerate(samples) for _ in sample.captions]
-        images = _Images(samples, blip.config.vision.image_size_px)
-        return cls(images, tokenize(tokenizer, texts), torch.tensor(owners))
+        images = [sample.image_bytes for sample in samples]
+        return cls(images, tokenize(engine.tokenizer, texts), torch.tensor(owners))

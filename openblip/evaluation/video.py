@@ -12,14 +12,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from openblip.data.video import VideoText, find_video, read_frames
 from openblip.evaluation.metrics import RetrievalRecalls, median_rank, retrieval_recalls
 from openblip.evaluation.retrieval import RetrievalScores, rerank
-from openblip.inference import embed_texts, tokenize
-from openblip.models.blip import Blip
-from openblip.tokenizer import TokenBatch, Tokenizer
+from openblip.inference import Encoded, Engine, tokenize
+from openblip.tokenizer import TokenBatch
 
 
 @dataclass(frozen=True)
@@ -52,7 +50,7 @@ class VideoReport:
 
 @torch.no_grad()
 def score_videos(
-    blip: Blip, videos: Iterable[Tensor], tokens: TokenBatch, *, shortlist: int
+    engine: Engine, videos: Iterable[Tensor], tokens: TokenBatch, *, shortlist: int
 ) -> RetrievalScores:
     """Score every video with every text by ITC, and each one's K best by ITM.
 
@@ -61,20 +59,23 @@ def score_videos(
     Raises ValueError if `videos` is an iterator, which is empty the second time.
     Source: `evaluation` of the released eval_retrieval_video.py.
     """
-    embeddings = [torch.zeros(0, blip.config.embedding_width)]
+    text_embedding = engine.embed_texts(tokens)
+    # The mean is taken before a frame's length is made one; the projection is linear, so it is
+    # taken of the states.
+    embeddings = [torch.zeros(0, text_embedding.shape[1])]
     for frames in videos:
-        class_states = blip.encode_image(frames.to(blip.device))[:, 0]
-        # Not `embed_image`, which normalises each frame before the mean.
-        mean = blip.image_projection(class_states).mean(dim=0, keepdim=True)
-        embeddings.append(F.normalize(mean, dim=-1).cpu())
-    similarity = torch.cat(embeddings) @ embed_texts(blip, tokens).T
-    states = (blip.encode_image(frames.to(blip.device)).flatten(0, 1)[None] for frames in videos)
-    return rerank(blip, similarity, states, tokens, shortlist=shortlist)
+        mean_states = engine.encode(frames).states.mean(dim=0, keepdim=True)
+        embeddings.append(engine.embed_images(Encoded(mean_states, engine.backend)))
+    similarity = torch.cat(embeddings) @ text_embedding.T
+    encoded = (
+        Encoded(engine.encode(frames).states.flatten(0, 1)[None], engine.backend)
+        for frames in videos
+    )
+    return rerank(engine, similarity, encoded, tokens, shortlist=shortlist)
 
 
 def evaluate_videos(
-    blip: Blip,
-    tokenizer: Tokenizer,
+    engine: Engine,
     texts: Sequence[VideoText],
     folder: Path,
     *,
@@ -90,9 +91,9 @@ def evaluate_videos(
         raise ValueError("there is no text to evaluate on")
     names = list(dict.fromkeys(text.video for text in texts))
     paths = [find_video(folder, name) for name in names]
-    videos = _Videos(paths, num_frames, blip.config.vision.image_size_px)
-    tokens = tokenize(tokenizer, [text.text for text in texts])
-    scores = score_videos(blip, videos, tokens, shortlist=shortlist)
+    videos = _Videos(paths, num_frames, engine.image_size_px)
+    tokens = tokenize(engine.tokenizer, [text.text for text in texts])
+    scores = score_videos(engine, videos, tokens, shortlist=shortlist)
     number_of = {name: number for number, name in enumerate(names)}
     owners = torch.tensor([number_of[text.video] for text in texts])
     is_match = owners[:, None] == torch.arange(len(names))

@@ -12,9 +12,7 @@ import torch
 
 from openblip.data.files import list_files, read_batches
 from openblip.evaluation.metrics import recalls
-from openblip.inference import DEFAULT_TEMPLATES, embed_images, embed_labels
-from openblip.models.blip import Blip
-from openblip.tokenizer import Tokenizer
+from openblip.inference import DEFAULT_TEMPLATES, Engine
 from openblip.training.log import ProgressLine
 
 
@@ -51,8 +49,7 @@ def class_folders(data: Path) -> list[Path]:
 
 
 def evaluate_classification(
-    blip: Blip,
-    tokenizer: Tokenizer,
+    engine: Engine,
     data: Path,
     *,
     names: Mapping[str, str] | None = None,
@@ -70,20 +67,20 @@ def evaluate_classification(
         names = {folder.name: folder.name.replace("_", " ") for folder in folders}
     if unnamed := [folder.name for folder in folders if folder.name not in names]:
         raise ValueError(f"folders of {data} without a name of their class: {unnamed[:8]}")
-    labels = embed_labels(blip, tokenizer, [names[folder.name] for folder in folders], templates)
+    labels = engine.labels([names[folder.name] for folder in folders], templates)
     unusable = Counter[str]()
 
     def on_bad(path: Path, reason: str) -> None:
         unusable[reason.partition(":")[0]] += 1
 
     files = [(number, list_files([folder], on_bad=on_bad)) for number, folder in enumerate(folders)]
-    embeddings = [torch.zeros(0, blip.config.embedding_width)]
+    embeddings = [torch.zeros(0, labels.embedding.shape[1])]
     truth: list[int] = []
     with ProgressLine("images", sum(len(several) for _, several in files), unit="files") as line:
         for number, several in files:
-            size_px = blip.config.vision.image_size_px
-            for paths, images in read_batches(several, size_px, batch_size, on_bad=on_bad):
-                embeddings.append(embed_images(blip, images, batch_size=batch_size))
+            batches = read_batches(several, engine.image_size_px, batch_size, on_bad=on_bad)
+            for paths, images in batches:
+                embeddings.append(engine.embed_images(images))
                 truth += [number] * len(paths)
                 line.advance(len(truth) + unusable.total() - line.done)
     if not truth:

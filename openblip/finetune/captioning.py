@@ -13,6 +13,7 @@ from openblip.data.samples import Sample
 from openblip.data.sources import Data
 from openblip.evaluation.captioning import evaluate_captioning
 from openblip.generation import Decoding
+from openblip.inference import Engine
 from openblip.losses import lm_loss
 from openblip.models.blip import Blip
 from openblip.tokenizer import Tokenizer
@@ -71,8 +72,7 @@ def captioning_training(
         blip: Blip, tokenizer: Tokenizer, samples: Sequence[Sample], how: EvaluatingRecipe
     ) -> Scores:
         scores = evaluate_captioning(
-            blip,
-            tokenizer,
+            Engine.plain(blip, tokenizer),
             samples,
             prompt=recipe.prompt,
             decoding=how.decoding or Decoding(),

@@ -12,6 +12,7 @@ from openblip.data.batches import ImageTextBatch
 from openblip.data.samples import Sample
 from openblip.data.sources import Data, check_data, kept_captions
 from openblip.evaluation.retrieval import evaluate_retrieval
+from openblip.inference import Engine
 from openblip.models.blip import Blip
 from openblip.tokenizer import Tokenizer
 from openblip.training.alignment import Alignment, AlignmentConfig, WrongTexts
@@ -166,7 +167,8 @@ def _measure(
     blip: Blip, tokenizer: Tokenizer, samples: Sequence[Sample], how: EvaluatingRecipe
 ) -> Scores:
     """Measure recalls after re-ranking; the mean one chooses the best, as in the released code."""
-    report = evaluate_retrieval(blip, tokenizer, samples, shortlist=how.shortlist, is_silent=True)
+    engine = Engine.plain(blip, tokenizer)
+    report = evaluate_retrieval(engine, samples, shortlist=how.shortlist, is_silent=True)
     values = {**report.reranked.to_json(), "itc_mean": report.itc.mean}
     return Scores(values, report.reranked.mean)
 

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from pydantic import Field
 
+from openblip.answering import ANSWER_DECODING, write_answers
 from openblip.checkpoint import check_is_free, initialise_from
 from openblip.data.questions import VqaBatch, VqaStream, question_texts
 from openblip.data.samples import Sample
 from openblip.data.sources import Data, WeightedData, check_data
 from openblip.evaluation.vqa import evaluate_vqa, questions_of
 from openblip.hub import is_vqa, load, load_vqa
-from openblip.inference import ANSWER_DECODING, write_answers
 from openblip.losses import text_losses, vqa_loss
 from openblip.models.vqa import Vqa, VqaConfig, vqa_from_blip
 from openblip.tokenizer import Tokenizer

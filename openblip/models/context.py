@@ -28,6 +28,10 @@ class Context:
         return self.keys[0].shape[0]
 
     @property
+    def device(self) -> torch.device:
+        return self.keys[0].device
+
+    @property
     def visible(self) -> Tensor | None:
         """The mask as attention takes it, (B, 1, 1, N) bool."""
         return None if self.mask is None else self.mask.bool()[:, None, None, :]

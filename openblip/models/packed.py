@@ -52,20 +52,20 @@ class PackedTexts:
         packed[firsts] = first_token
         positions = torch.arange(token_ids.shape[1], device=token_ids.device).expand_as(mask)[mask]
         groups, start = [], 0
-        for length, count in zip(*torch.unique_consecutive(lengths, return_counts=True), strict=True):
+        for length, count in zip(
+            *torch.unique_consecutive(lengths, return_counts=True), strict=True
+        ):
             groups.append((start, int(count), int(length)))
             start += int(count) * int(length)
         rows = torch.zeros(len(order), dtype=torch.long) if owners is None else torch.tensor(owners)
-        return cls(
-            packed, positions, tuple(groups), firsts, rows.to(order.device)[order], order
-        )
+        return cls(packed, positions, tuple(groups), firsts, rows.to(order.device)[order], order)
 
     @property
     def lengths(self) -> Tensor:
         """Numbers of tokens (R,), growing."""
-        return torch.cat(
-            [torch.full((count,), length) for _, count, length in self.groups]
-        ).to(self.order.device)
+        return torch.cat([torch.full((count,), length) for _, count, length in self.groups]).to(
+            self.order.device
+        )
 
     def unsorted(self, rows: Tensor) -> Tensor:
         """Return rows (R, ...) of the packed texts in the order of the list that was packed."""

@@ -51,7 +51,7 @@ def model() -> tuple[Blip, Tokenizer]:
 
 
 def test_every_caption_is_a_text_of_its_own(model: tuple[Blip, Tokenizer]) -> None:
-    report = evaluate_retrieval(*model, SAMPLES, shortlist=2)
+    report = evaluate_retrieval(Engine.plain(*model), SAMPLES, shortlist=2)
     assert (report.num_images, report.num_texts, report.shortlist) == (3, 6, 2)
     assert report.itc.ir_at_5 == 100.0  # of three images
     assert report.to_json()["reranked"] == report.reranked.to_json()
@@ -59,7 +59,9 @@ def test_every_caption_is_a_text_of_its_own(model: tuple[Blip, Tokenizer]) -> No
 
 def test_every_image_is_captioned_by_its_key(model: tuple[Blip, Tokenizer]) -> None:
     reports = [
-        evaluate_captioning(*model, SAMPLES, prompt="a", decoding=GREEDY, batch_size=size)
+        evaluate_captioning(
+            Engine.plain(*model), SAMPLES, prompt="a", decoding=GREEDY, batch_size=size
+        )
         for size in (1, 32)
     ]
     assert reports[0] == reports[1]
@@ -71,7 +73,7 @@ def test_every_image_is_captioned_by_its_key(model: tuple[Blip, Tokenizer]) -> N
 
 def test_a_test_set_is_captioned_for_a_server_and_not_scored(model: tuple[Blip, Tokenizer]) -> None:
     bare = [Sample(key, jpeg("red")) for key in ("7", "007", "a7")]
-    report = evaluate_captioning(*model, bare, prompt="a", decoding=GREEDY)
+    report = evaluate_captioning(Engine.plain(*model), bare, prompt="a", decoding=GREEDY)
     assert report.scores is None
     assert report.to_json() == {"captions": dict(report.captions)}
     written = predictions(bare, report.captions)
@@ -82,14 +84,14 @@ def test_a_test_set_is_captioned_for_a_server_and_not_scored(model: tuple[Blip, 
 def test_what_cannot_be_measured_is_refused(model: tuple[Blip, Tokenizer]) -> None:
     bare, broken = Sample("bare", jpeg("red")), Sample("broken", b"", (Caption("a"),))
     with pytest.raises(ValueError, match="image 3 has no text"):
-        evaluate_retrieval(*model, [*SAMPLES, bare], shortlist=2)
+        evaluate_retrieval(Engine.plain(*model), [*SAMPLES, bare], shortlist=2)
     with pytest.raises(ValueError, match="bare"):
-        evaluate_captioning(*model, [*SAMPLES, bare], prompt="", decoding=GREEDY)
+        evaluate_captioning(Engine.plain(*model), [*SAMPLES, bare], prompt="", decoding=GREEDY)
     with pytest.raises(ImageDecodeError):
-        evaluate_retrieval(*model, [*SAMPLES, broken], shortlist=2)
+        evaluate_retrieval(Engine.plain(*model), [*SAMPLES, broken], shortlist=2)
     with pytest.raises(ImageDecodeError):
-        evaluate_captioning(*model, [broken], prompt="", decoding=GREEDY)
+        evaluate_captioning(Engine.plain(*model), [broken], prompt="", decoding=GREEDY)
     with pytest.raises(ValueError, match="no sample"):
-        evaluate_retrieval(*model, [], shortlist=2)
+        evaluate_retrieval(Engine.plain(*model), [], shortlist=2)
     with pytest.raises(ValueError, match="no "):
-        evaluate_captioning(*model, [], prompt="", decoding=GREEDY)
+        evaluate_captioning(Engine.plain(*model), [], prompt="", decoding=GREEDY)

@@ -82,7 +82,9 @@ def test_accuracies_of_folders_are_counted_by_hand(
     model: tuple[Blip, Tokenizer], folder: Path
 ) -> None:
     blip, _ = model
-    report = evaluate_classification(*model, folder, templates=TEMPLATES, batch_size=2)
+    report = evaluate_classification(
+        Engine.plain(*model), folder, templates=TEMPLATES, batch_size=2
+    )
     names = sorted(color.replace("_", " ") for color in COLORS)
     labels = embed_labels(*model, names, TEMPLATES)
     hits: dict[str, list[tuple[bool, bool]]] = {}
@@ -112,11 +114,13 @@ def test_what_cannot_be_used_is_named(model: tuple[Blip, Tokenizer], folder: Pat
     with pytest.raises(ValueError, match="0 labels"):
         embed_labels(*model, [])
     with pytest.raises(ValueError, match=r"without a name .*\['dark_red'"):
-        evaluate_classification(*model, folder, names={"red": "red", "black": "b", "blue": "u"})
+        evaluate_classification(
+            Engine.plain(*model), folder, names={"red": "red", "black": "b", "blue": "u"}
+        )
     with pytest.raises(ValueError, match="holds no folder"):
-        evaluate_classification(*model, folder / "red")
+        evaluate_classification(Engine.plain(*model), folder / "red")
     with pytest.raises(ValueError, match="is no folder"):
-        evaluate_classification(*model, folder / "red" / "0.png")
+        evaluate_classification(Engine.plain(*model), folder / "red" / "0.png")
     (folder / "void").mkdir()
     with pytest.raises(ValueError, match=r"no file in .*void"):
-        evaluate_classification(*model, folder)
+        evaluate_classification(Engine.plain(*model), folder)

@@ -11,13 +11,13 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from openblip.answering import Candidates, rank_answers
 from openblip.checkpoint import load_vqa_checkpoint, save_checkpoint
 from openblip.data.sinks import ShardWriter
 from openblip.data.sources import list_shards, read_samples
 from openblip.data.world import WorldConfig, draw_world
 from openblip.evaluation.vqa import evaluate_vqa
 from openblip.finetune.vqa import VqaRun, run_vqa
-from openblip.inference import Candidates, rank_answers
 from openblip.models.blip import Blip
 from openblip.tokenizer import Tokenizer
 from openblip.training.new_model import ModelRecipe

@@ -10,10 +10,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.testing import assert_close
 
+from openblip.answering import Candidates, rank_answers
 from openblip.convert import from_official, to_official
 from openblip.convert_weights import vqa_names
 from openblip.generation import Decoding, generate
-from openblip.inference import Candidates, rank_answers
 from openblip.losses import text_losses, vqa_loss
 from openblip.models.blip import BlipConfig
 from openblip.models.context import Context
