@@ -127,7 +127,8 @@ class TorchBackend:
         images = images.to(self.device, self._dtype)
         if self.device.type != "cpu":
             return [images]
-        return images.split(max(1, TOKENS_AT_ONCE // (1 + self.config.vision.num_patches)))
+        at_once = max(1, TOKENS_AT_ONCE // (1 + self.config.vision.num_patches))
+        return [images[start : start + at_once] for start in range(0, len(images), at_once)]
 
     def _pack(
         self, token_ids: Tensor, text_mask: Tensor, first: int, owners: Sequence[int] | None

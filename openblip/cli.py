@@ -186,6 +186,7 @@ def caption(
     max_tokens: Annotated[int, typer.Option(help="Of a caption, without the prompt.")] = 20,
     batch_size: Annotated[int, typer.Option(min=1, help="Images that are decoded together.")] = 16,
     seed: Annotated[int, typer.Option(help="Of nucleus, together with the file's name.")] = 42,
+    dtype: DtypeOption = "auto",
     is_strict: Annotated[
         bool, typer.Option("--strict", help="Exit with 1 if a file could not be captioned.")
     ] = False,
@@ -201,7 +202,7 @@ def caption(
     from openblip.data.files import list_files, read_batches
     from openblip.generation import Decoding
     from openblip.hub import load
-    from openblip.inference import caption_images
+    from openblip.inference import Engine
     from openblip.training.log import ProgressLine
 
     decoding = Decoding(
@@ -216,12 +217,12 @@ def caption(
         say(f"not captioned: {path}: {reason}")
 
     files = list_files(paths, on_bad=on_bad)
-    blip, tokenizer = load(model)
-    batches = read_batches(files, blip.config.vision.image_size_px, batch_size, on_bad=on_bad)
+    engine = Engine(*load(model), dtype=dtype)
+    batches = read_batches(files, engine.image_size_px, batch_size, on_bad=on_bad)
     with ProgressLine("captions", len(files), unit="files") as progress:
         for names, batch in batches:
-            written = caption_images(
-                blip, tokenizer, batch, prompt=prompt, decoding=decoding,
+            written = engine.caption(
+                batch, prompt=prompt, decoding=decoding,
                 seeds=[stable_id(f"{seed}/{path.name!a}") for path in names],
                 captions_per_image=num_captions,
             )  # fmt: skip

@@ -3,16 +3,10 @@
 Letters: I images, S image side in pixels, N patches, D width, E embedding width, T texts.
 """
 
-import logging
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal, TypeVar
 
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -25,21 +19,25 @@ from openblip.answering import (
     write_answers,
 )
 from openblip.backend import Backend, TorchBackend
+from openblip.batching import (
+    Batcher,
+    Encoded,
+    ImageLike,
+    Images,
+    fitting_batch,
+    join_texts,
+    text_parts,
+)
 from openblip.captions import DEFAULT_PROMPT, clean_caption
-from openblip.data.prefetch import JOBS_PER_WORKER, map_in_order
 from openblip.generation import Decoding, generate
-from openblip.images import decode_image, eval_transform
 from openblip.kernels import Precision, best_precision, prepare
-from openblip.memory import fitting_batch, is_out_of_memory
 from openblip.models.blip import Blip
-from openblip.models.context import Context
 from openblip.models.vqa import Vqa
+from openblip.results import Judgement, LabelGuess, Labels, WrittenCaption
 from openblip.tokenizer import TokenBatch, Tokenizer
 
 MAX_TEXT_TOKENS = 35
 """Tokens of a text that is compared or judged, [CLS] and [SEP] included (BLIP's recipes)."""
-TOKENS_AT_ONCE = 4096
-"""Tokens of all texts that are encoded together: what is computed of them stays near the cache."""
 DEFAULT_TEMPLATES = (
     "a picture of {}",
     "a picture of a {}",
@@ -49,81 +47,8 @@ DEFAULT_TEMPLATES = (
 )
 """Sentences that a label is put into, at `{}`."""
 
-_log = logging.getLogger(__name__)
-
 Dtype = Precision | Literal["auto"]
-ImageLike = Tensor | bytes | Path | Image.Image
-"""A prepared image (3, S, S), a file's bytes, its path, or an opened one."""
 T = TypeVar("T")
-H = TypeVar("H", Tensor, "Encoded")
-
-
-@dataclass(frozen=True)
-class WrittenCaption:
-    """A caption as the decoder wrote it.
-
-    token_log_probabilities  nats, of the new tokens and of [SEP] if it came
-    is_finished              whether [SEP] came before the longest length
-    """
-
-    text: str
-    token_log_probabilities: tuple[float, ...]
-    mean_log_probability: float
-    is_finished: bool
-
-
-@dataclass(frozen=True)
-class Judgement:
-    """How well a text fits an image: probability of the ITM head, and ITC cosine."""
-
-    match_probability: float
-    similarity: float
-
-
-@dataclass(frozen=True)
-class Labels:
-    """Names of classes, and what an image is compared with for each: (number, E), unit norm."""
-
-    names: tuple[str, ...]
-    embedding: Tensor
-
-
-@dataclass(frozen=True)
-class LabelGuess:
-    """How well a label fits an image: its share among all labels, and ITC cosine."""
-
-    label: str
-    probability: float
-    similarity: float
-
-
-class Encoded:
-    """Images that an engine has encoded, to ask several things of.
-
-    states   (I, 1 + N, D), on the model's device
-    context  keys and values that texts look at, made when first asked for; they take up to 24 times
-             the memory of the states: `Encoded(encoded.states, encoded.backend)` is without them
-    """
-
-    def __init__(self, states: Tensor, backend: Backend, context: Context | None = None) -> None:
-        self.states, self.backend, self._context = states, backend, context
-
-    def __len__(self) -> int:
-        return self.states.shape[0]
-
-    def __getitem__(self, part: slice) -> "Encoded":
-        context = None if self._context is None else self._context[part]
-        return Encoded(self.states[part], self.backend, context)
-
-    @property
-    def context(self) -> Context:
-        if self._context is None:
-            self._context = self.backend.project_context(self.states)
-        return self._context
-
-
-Images = Iterable[ImageLike] | Tensor | Encoded
-"""Images one by one; prepared ones (I, 3, S, S), which are one batch; or encoded ones."""
 
 
 class Engine:
@@ -159,7 +84,10 @@ class Engine:
             case _:
                 self._backend = model
         self.config = model.config
-        self._batch_size = batch_size
+        vision, text = model.config.vision, model.config.text
+        self._batcher = Batcher(
+            vision.image_size_px, batch_size or fitting_batch(vision, text, model.device)
+        )
 
     @classmethod
     def plain(cls, model: Blip | Vqa, tokenizer: Tokenizer) -> "Engine":
@@ -177,18 +105,6 @@ class Engine:
     def image_size_px(self) -> int:
         """S, the side that images are resized to."""
         return self.config.vision.image_size_px
-
-    def prepare_image(self, image: ImageLike) -> Tensor:
-        """Decode and resize an image -> (3, S, S). Raises ImageDecodeError, and as reading does."""
-        match image:
-            case Tensor():
-                return image
-            case bytes():
-                return read_image(image, self.image_size_px)
-            case Path():
-                return read_image(image.read_bytes(), self.image_size_px)
-            case _:
-                return eval_transform(image.convert("RGB"), self.image_size_px)
 
     def encode(self, images: Images) -> Encoded:
         """Encode images once, for all that will be asked of them."""
@@ -285,15 +201,17 @@ class Engine:
         if isinstance(images, Encoded):
             return self.backend.embed_states(images.states).cpu()
         rows: list[Tensor] = []
-        for pixels in self._prepared(images):
-            rows += self._halving(pixels, lambda part: list(self.backend.embed_images(part).cpu()))
+        for pixels in self._batcher.prepared(images):
+            rows += self._batcher.halving(
+                pixels, lambda part: list(self.backend.embed_images(part).cpu())
+            )
         return torch.stack(rows) if rows else torch.zeros(0, self._embedding_width)
 
     def embed_texts(self, texts: Sequence[str] | TokenBatch) -> Tensor:
         """Embed texts -> (T, E), unit norm."""
         tokens = texts if isinstance(texts, TokenBatch) else tokenize(self.tokenizer, texts)
         embeddings = [torch.zeros(0, self._embedding_width)]
-        for part in _parts_of(tokens):
+        for part in text_parts(tokens):
             embeddings.append(
                 self.backend.embed_texts(tokens.token_ids[part], tokens.text_mask[part]).cpu()
             )
@@ -310,7 +228,7 @@ class Engine:
         tokens = tokenize(self.tokenizer, texts)
         rows = [torch.zeros(0, self._embedding_width)]
         done = 0
-        for pixels in self._prepared(images):
+        for pixels in self._batcher.prepared(images):
             part = slice(done, done + len(pixels))
             if part.stop > len(texts):
                 raise ValueError(f"{len(texts)} texts for {part.stop} images or more")
@@ -375,7 +293,7 @@ class Engine:
         if self._vqa is None:
             raise ValueError("this model answers no questions: `openblip finetune vqa` makes one")
         answers: list[list[Answer]] = []
-        for pixels in self._prepared(images):
+        for pixels in self._batcher.prepared(images):
             own = questions[len(answers) : len(answers) + len(pixels)]
             if len(own) < len(pixels):
                 raise ValueError(f"{len(questions)} lists of questions for more images")
@@ -395,20 +313,15 @@ class Engine:
 
     def batches(self, images: Iterable[ImageLike] | Tensor) -> Iterator[Encoded]:
         """Encode images batch by batch; they are read in threads, a batch ahead of the model."""
-        for pixels in self._prepared(images):
-            yield from self._halving(pixels, lambda part: [self._encode(part)])
-
-    @property
-    def batch_size(self) -> int:
-        """Images that are worked on together."""
-        if self._batch_size is None:
-            device = self.backend.device if self._vqa is None else self._vqa.device
-            self._batch_size = fitting_batch(self.config.vision, self.config.text, device)
-        return self._batch_size
+        for pixels in self._batcher.prepared(images):
+            yield from self._batcher.halving(pixels, lambda part: [self._encode(part)])
 
     @property
     def _embedding_width(self) -> int:
         return self.backend.config.embedding_width
+
+    def _embedded(self, pixels: Tensor) -> list[Tensor]:
+        return list(self.backend.embed_images(pixels).cpu())
 
     def _encode(self, pixels: Tensor) -> Encoded:
         return Encoded(self.backend.encode_images(pixels), self.backend)
@@ -448,9 +361,9 @@ class Engine:
     def _logits(self, encoded: Encoded, tokens: Sequence[TokenBatch]) -> Tensor:
         """Return ITM logits (all texts, 2) of the tokenised texts of each image."""
         owners = [index for index, one in enumerate(tokens) for _ in range(len(one.token_ids))]
-        together = _joined(tokens)
+        together = join_texts(tokens)
         logits = [torch.zeros(0, 2)]
-        for part in _parts_of(together):
+        for part in text_parts(together):
             logits.append(
                 self.backend.match_logits(
                     together.token_ids[part], together.text_mask[part], owners[part],
@@ -463,46 +376,14 @@ class Engine:
         """Encode images in batches and collect what `work` makes of each."""
         results: list[T] = []
         if isinstance(images, Encoded):
-            for start in range(0, len(images), self.batch_size):
-                results += self._halving(images[start : start + self.batch_size], work)
+            for start in range(0, len(images), self._batcher.batch_size):
+                results += self._batcher.halving(
+                    images[start : start + self._batcher.batch_size], work
+                )
             return results
-        for pixels in self._prepared(images):
-            results += self._halving(pixels, lambda part: work(self._encode(part)))
+        for pixels in self._batcher.prepared(images):
+            results += self._batcher.halving(pixels, lambda part: work(self._encode(part)))
         return results
-
-    def _prepared(self, images: Iterable[ImageLike] | Tensor) -> Iterator[Tensor]:
-        """Yield prepared images in batches, read in threads beside the model."""
-        if isinstance(images, Tensor):
-            if len(images):
-                yield images
-            return
-        workers = max(1, os.cpu_count() or 1)
-        with ThreadPoolExecutor(workers) as pool:
-            batch: list[Tensor] = []
-            for image in map_in_order(self.prepare_image, images, pool, JOBS_PER_WORKER * workers):
-                batch.append(image)
-                if len(batch) == self.batch_size:
-                    yield torch.stack(batch)
-                    batch = []
-            if batch:
-                yield torch.stack(batch)
-
-    def _halving(self, batch: H, work: Callable[[H], list[T]]) -> list[T]:
-        """Do the work on a batch, in halves where the memory does not suffice."""
-        try:
-            return work(batch)
-        except (RuntimeError, MemoryError) as error:
-            if len(batch) == 1 or not is_out_of_memory(error):
-                raise
-        half = len(batch) // 2
-        self._batch_size = max(1, half)
-        _log.warning("out of memory with %d images, going on with %d", len(batch), half)
-        return [*self._halving(batch[:half], work), *self._halving(batch[half:], work)]
-
-
-def read_image(data: bytes, size_px: int) -> Tensor:
-    """Decode and prepare one image -> (3, S, S). Raises ImageDecodeError."""
-    return eval_transform(decode_image(data), size_px)
 
 
 def tokenize(tokenizer: Tokenizer, texts: Sequence[str]) -> TokenBatch:
@@ -510,32 +391,3 @@ def tokenize(tokenizer: Tokenizer, texts: Sequence[str]) -> TokenBatch:
     return tokenizer.encode_batch(
         [clean_caption(text) for text in texts], max_tokens=MAX_TEXT_TOKENS
     )
-
-
-def _joined(tokens: Sequence[TokenBatch]) -> TokenBatch:
-    """Put batches of texts behind each other, padded to the longest."""
-    length = max((one.token_ids.shape[1] for one in tokens), default=0)
-    widened = [
-        (F.pad(one.token_ids, (0, length - one.token_ids.shape[1])),
-         F.pad(one.text_mask, (0, length - one.text_mask.shape[1])))
-        for one in tokens
-    ]  # fmt: skip
-    ids, masks = zip(*widened, strict=True) if widened else ((), ())
-    empty = torch.zeros(0, length, dtype=torch.long)
-    return TokenBatch(
-        torch.cat([empty, *ids]),
-        torch.cat([empty, *masks]),
-        sum(one.num_truncated for one in tokens),
-    )
-
-
-def _parts_of(tokens: TokenBatch) -> Iterator[slice]:
-    """Cut texts into runs of at most TOKENS_AT_ONCE tokens, padding not counted."""
-    start, total = 0, 0
-    for place, length in enumerate(tokens.text_mask.sum(dim=1).tolist()):
-        if total and total + length > TOKENS_AT_ONCE:
-            yield slice(start, place)
-            start, total = place, 0
-        total += length
-    if total:
-        yield slice(start, len(tokens.text_mask))

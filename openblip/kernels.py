@@ -26,8 +26,8 @@ Precision = Literal["float32", "bfloat16", "float16", "int8"]
 SMALLEST_WIDTH = 256
 """Below this, laying out weights gains less than the calls cost."""
 FEW_ROWS = range(8, 257)
-"""Rows at which laid-out float32 weights pay even where the default library is fast: measured on an
-Intel Xeon with AVX-512, 1.3 times at 24 rows; at fewer it is slower, at more it is equal or slower."""
+"""Rows at which laid-out float32 weights pay even where the default library is fast: on an Intel
+Xeon with AVX-512 1.3 times at 24 rows; at fewer they are slower, at more no faster."""
 LARGEST_INT8 = 127
 INT8_ZERO = 128
 
@@ -72,7 +72,7 @@ class PackedLinear(nn.Module):
 class Int8Linear(nn.Module):
     """A linear layer in int8: weights by output, states by row, so that no row changes another's.
 
-    Rounding moves a weight by at most 1/254 of its output's largest, a state by as much of its row's.
+    Rounding moves a weight by at most 1/254 of its output's largest, a state by 1/254 of its row's.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
@@ -114,8 +114,8 @@ class PreparedLmHead(nn.Module):
 def best_precision(device: torch.device) -> Precision:
     """Return what `auto` means on a device: the fastest precision without a loss worth speaking of.
 
-    float16 is for GPUs that lack bfloat16. Of processors those of Intel without AMX and those of
-    unknown make take float32: their bfloat16 was measured at half of its rate (docs/performance.md).
+    float16 is for GPUs that lack bfloat16. Processors of Intel without AMX take float32: bfloat16
+    was measured at half of its rate there (docs/performance.md).
     """
     if device.type == "cuda":
         return "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
@@ -159,6 +159,7 @@ def _replace(module: nn.Module, kind: type[PackedLinear] | type[Int8Linear]) -> 
         else:
             _replace(child, kind)
     head, embedding = getattr(module, "lm_head", None), getattr(module, "word_embedding", None)
-    if isinstance(head, LmHead) and isinstance(embedding, nn.Embedding):
-        if embedding.embedding_dim >= SMALLEST_WIDTH:
-            module.lm_head = PreparedLmHead(head, kind(embedding.weight, head.bias))
+    if not isinstance(head, LmHead) or not isinstance(embedding, nn.Embedding):
+        return
+    if embedding.embedding_dim >= SMALLEST_WIDTH:
+        module.lm_head = PreparedLmHead(head, kind(embedding.weight, head.bias))

@@ -1,23 +1,20 @@
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.testing import assert_close
 
+from openblip.batching import Batcher
 from openblip.generation import Decoding
-from openblip.inference import (
-    WrittenCaption,
-    batched,
-    caption_images,
-    embed_images,
-    embed_texts,
-    judge_texts,
-    tokenize,
-)
+from openblip.images import ImageDecodeError
+from openblip.inference import Engine, tokenize
 from openblip.models.blip import Blip, BlipConfig
 from openblip.models.text import MedConfig
 from openblip.models.vision import VisionConfig
+from openblip.results import WrittenCaption
 from openblip.tokenizer import Tokenizer
 
 TEXTS = ["a red cat on a mat", "a blue dog", "two green birds above a house"]
@@ -63,10 +60,9 @@ def write(
     seeds: Sequence[int],
     num: int = 1,
 ) -> list[list[WrittenCaption]]:
-    return caption_images(
-        blip, tokenizer, images, seeds=seeds, prompt="a red", decoding=decoding,
-        captions_per_image=num,
-    )  # fmt: skip
+    return Engine(blip, tokenizer).caption(
+        images, seeds=seeds, prompt="a red", decoding=decoding, captions_per_image=num
+    )
 
 
 @pytest.mark.parametrize("decoding", DECODINGS.values(), ids=DECODINGS)
@@ -121,7 +117,7 @@ def test_any_number_of_texts_is_judged_as_each_pair_alone(
     blip: Blip, tokenizer: Tokenizer, images: Tensor
 ) -> None:
     texts = [TEXTS, [], [TEXTS[1]], [TEXTS[2], TEXTS[0]]]
-    judged = judge_texts(blip, tokenizer, images, texts)
+    judged = Engine(blip, tokenizer).match(images, texts)
     assert [len(several) for several in judged] == [3, 0, 1, 2]
     for image, several in enumerate(texts):
         for text, judgement in zip(several, judged[image], strict=True):
@@ -141,14 +137,14 @@ def test_any_number_of_texts_is_judged_as_each_pair_alone(
 def test_images_without_any_text_are_judged_empty(
     blip: Blip, tokenizer: Tokenizer, images: Tensor
 ) -> None:
-    assert judge_texts(blip, tokenizer, images, [[]] * 4) == [[]] * 4
+    assert Engine(blip, tokenizer).match(images, [[]] * 4) == [[]] * 4
     with pytest.raises(ValueError, match="3 lists of texts for 4 images"):
-        judge_texts(blip, tokenizer, images, [TEXTS] * 3)
+        Engine(blip, tokenizer).match(images, [TEXTS] * 3)
 
 
 def test_texts_are_judged_cleaned_and_cut(blip: Blip, tokenizer: Tokenizer, images: Tensor) -> None:
     texts = ["a blue dog", " A  BLUE (dog)!", " ".join(["cat"] * 60), ""]
-    [[plain, shouted, long, empty], *_] = judge_texts(blip, tokenizer, images, [texts, [], [], []])
+    [[plain, shouted, long, empty], *_] = Engine(blip, tokenizer).match(images, [texts, [], [], []])
     assert plain.match_probability == pytest.approx(shouted.match_probability, abs=1e-6)
     assert 0 <= long.match_probability <= 1
     assert 0 <= empty.match_probability <= 1
@@ -157,33 +153,127 @@ def test_texts_are_judged_cleaned_and_cut(blip: Blip, tokenizer: Tokenizer, imag
 def test_embeddings_have_unit_norm_and_know_no_batches(
     blip: Blip, tokenizer: Tokenizer, images: Tensor
 ) -> None:
-    tokens = tokenize(tokenizer, TEXTS)
+    whole = Engine(blip, tokenizer)
     for batch_size in (1, 3, 10):
-        image_embedding = embed_images(blip, images, batch_size=batch_size)
-        text_embedding = embed_texts(blip, tokens, batch_size=batch_size)
+        engine = Engine(blip, tokenizer, batch_size=batch_size)
+        image_embedding, text_embedding = (
+            engine.embed_images(list(images)),
+            engine.embed_texts(TEXTS),
+        )
         assert_close(image_embedding.norm(dim=1), torch.ones(4))
         assert_close(text_embedding.norm(dim=1), torch.ones(3))
-        assert_close(image_embedding, embed_images(blip, images), atol=1e-6, rtol=1e-5)
-        assert_close(text_embedding, embed_texts(blip, tokens), atol=1e-6, rtol=1e-5)
+        assert_close(image_embedding, whole.embed_images(images), atol=1e-6, rtol=1e-5)
+        assert_close(text_embedding, whole.embed_texts(TEXTS), atol=1e-6, rtol=1e-5)
 
 
 def test_nothing_is_embedded_as_nothing(blip: Blip, tokenizer: Tokenizer) -> None:
-    assert embed_images(blip, []).shape == (0, 8)
-    assert embed_texts(blip, tokenize(tokenizer, [])).shape == (0, 8)
+    engine = Engine(blip, tokenizer)
+    assert engine.embed_images([]).shape == (0, 8)
+    assert engine.embed_texts([]).shape == (0, 8)
+    assert engine.caption([]) == engine.match([], []) == []
+    assert engine.match_matrix([], TEXTS).shape == (0, 3)
+    assert len(engine.encode([])) == 0
 
 
 def test_batches_are_full_but_the_last(images: Tensor) -> None:
-    assert [len(batch) for batch in batched(images, 3)] == [3, 1]
-    assert [len(batch) for batch in batched(images, 2)] == [2, 2]
-    assert list(batched([], 2)) == []
+    assert [len(batch) for batch in Batcher(16, 3).prepared(list(images))] == [3, 1]
+    assert [len(batch) for batch in Batcher(16, 2).prepared(list(images))] == [2, 2]
+    assert [len(batch) for batch in Batcher(16, 2).prepared(images)] == [4]
+    assert list(Batcher(16, 2).prepared([])) == []
 
 
 def test_an_absent_role_is_named(blip: Blip, tokenizer: Tokenizer, images: Tensor) -> None:
     captioner = Blip(blip.config.with_roles(frozenset({"decode"}))).eval()
     with pytest.raises(ValueError, match="no role"):
-        judge_texts(captioner, tokenizer, images, [TEXTS] * 4)
+        Engine(captioner, tokenizer).match(images, [TEXTS] * 4)
     judge = Blip(blip.config.with_roles(frozenset({"text", "pair"}))).eval()
     with pytest.raises(ValueError, match="no role 'decode'"):
         write(judge, tokenizer, images, DECODINGS["greedy"], range(4))
     with pytest.raises(ValueError, match="the model takes 16 x 16"):
-        embed_images(blip, torch.zeros(1, 3, 24, 24))
+        Engine(blip, tokenizer).embed_images(torch.zeros(1, 3, 24, 24))
+
+
+def test_one_encoding_serves_all_questions(
+    blip: Blip, tokenizer: Tokenizer, images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Engine(blip, tokenizer)
+    matrix = engine.match_matrix(images, TEXTS)
+    captions = engine.caption(images, decoding=DECODINGS["greedy"])
+    embedding = engine.embed_images(images)
+    encoded = engine.encode(images)
+
+    def no_more(*_: object) -> None:
+        raise AssertionError("an image is encoded a second time")
+
+    monkeypatch.setattr(engine.backend, "encode_images", no_more)
+    monkeypatch.setattr(engine.backend, "embed_images", no_more)
+    assert_close(engine.match_matrix(encoded, TEXTS), matrix)
+    assert [[c.text for c in several] for several in engine.caption(
+        encoded, decoding=DECODINGS["greedy"]
+    )] == [[c.text for c in several] for several in captions]  # fmt: skip
+    assert_close(engine.embed_images(encoded), embedding, atol=1e-6, rtol=1e-5)
+    context = encoded.context
+    assert encoded.context is context
+    judged = engine.match(encoded, [TEXTS] * 4)
+    for row, several in zip(matrix, judged, strict=True):
+        assert row.tolist() == pytest.approx([one.match_probability for one in several], abs=1e-6)
+    for row, probabilities in zip(
+        matrix, engine.match_probabilities(encoded, [TEXTS] * 4), strict=True
+    ):
+        assert_close(row, probabilities)
+
+
+def test_an_image_comes_as_file_path_bytes_or_picture(
+    blip: Blip, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    picture = Image.new("RGB", (40, 30), "red")
+    picture.putpixel((3, 3), (0, 0, 255))
+    path = tmp_path / "a.png"
+    picture.save(path)
+    embeddings = Engine(blip, tokenizer).embed_images([path, path.read_bytes(), picture])
+    assert_close(embeddings[0], embeddings[1])
+    assert_close(embeddings[0], embeddings[2])
+    with pytest.raises(ImageDecodeError, match="not_an_image"):
+        Engine(blip, tokenizer).embed_images([path, b"no image"])
+
+
+def test_a_batch_that_does_not_fit_is_halved(
+    blip: Blip, tokenizer: Tokenizer, images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Engine(blip, tokenizer, batch_size=4)
+    expected = engine.match(list(images), [TEXTS] * 4)
+    encode, sizes = engine.backend.encode_images, []
+
+    def small(batch: Tensor) -> Tensor:
+        sizes.append(len(batch))
+        if len(batch) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return encode(batch)
+
+    monkeypatch.setattr(engine.backend, "encode_images", small)
+    judged = engine.match(list(images), [TEXTS] * 4)
+    for one, other in zip(judged, expected, strict=True):
+        assert [a.match_probability for a in one] == pytest.approx(
+            [a.match_probability for a in other], abs=1e-6
+        )
+    assert sizes == [4, 2, 1, 1, 2, 1, 1]
+    sizes.clear()
+    engine.caption(list(images), decoding=DECODINGS["greedy"])
+    assert sizes == [1] * 4  # the size that fits is kept
+
+    def broken(batch: Tensor) -> Tensor:
+        raise RuntimeError("shapes differ")
+
+    monkeypatch.setattr(engine.backend, "encode_images", broken)
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        engine.encode(images)
+
+
+def test_a_model_is_asked_what_it_can(blip: Blip, tokenizer: Tokenizer, images: Tensor) -> None:
+    engine = Engine(blip, tokenizer)
+    with pytest.raises(ValueError, match="answers no questions"):
+        engine.ask(images, [["what?"]] * 4)
+    with pytest.raises(ValueError, match="float16 is for GPUs"):
+        Engine(blip, tokenizer, dtype="float16")
+    with pytest.raises(ValueError, match="3 texts for 4 images"):
+        engine.refine(images, TEXTS)

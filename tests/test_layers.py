@@ -15,7 +15,7 @@ LAYERS = {
         "data.caption_files", "data.remote", "data.rows", "data.shards", "data.tables"],
     1: ["tokenizer", "images", "augment", "models", "losses", "generation", "kernels"],
     2: ["data", "training", "page", "page_charts", "checkpoint", "convert", "hub", "inference",
-        "answering", "backend", "memory",
+        "answering", "backend", "batching", "results",
         "convert_official", "convert_transformers", "convert_vocabulary", "convert_weights"],
     3: ["evaluation", "search", "explain"],
     4: ["pretrain", "finetune", "capfilt", "quickstart"],

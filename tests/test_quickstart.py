@@ -12,6 +12,7 @@ from openblip.data.sinks import ShardWriter
 from openblip.data.sources import list_shards, read_samples
 from openblip.data.world import WorldConfig, draw_world
 from openblip.evaluation.retrieval import evaluate_retrieval
+from openblip.inference import Engine
 from openblip.pretrain import pretrain
 from openblip.quickstart import quickstart, quickstart_recipe
 from openblip.tokenizer import Tokenizer
@@ -89,7 +90,7 @@ def test_captions_of_other_images_teach_nothing(tmp_path: Path) -> None:
     recipe = quickstart_recipe(0).pretrain.model_copy(update={"num_steps": 300})
     files = TrainingFiles.beside(tmp_path / "model")
     blip = pretrain(recipe, [tmp_path / "shuffled.tar"], tokenizer, files=files).eval()
-    recalls = evaluate_retrieval(blip, tokenizer, test, shortlist=100).reranked
+    recalls = evaluate_retrieval(Engine.plain(blip, tokenizer), test, shortlist=100).reranked
     # By chance one of ten.
     assert recalls.ir_at_10 < 20
     assert recalls.tr_at_10 < 20

@@ -24,6 +24,7 @@ from pydantic import Field
 from torch import Tensor
 
 from openblip import __version__
+from openblip.batching import read_image
 from openblip.capfilt.captioner import Captioner
 from openblip.capfilt.filter import Filter, KeepRule
 from openblip.captions import DEFAULT_PROMPT
@@ -35,7 +36,6 @@ from openblip.data.sinks import ShardWriter, write_bytes_atomically, write_json_
 from openblip.data.sources import Address, read_samples
 from openblip.generation import Decoding
 from openblip.images import ImageDecodeError
-from openblip.inference import read_image
 from openblip.kernels import Precision
 from openblip.training.log import ProgressLine
 

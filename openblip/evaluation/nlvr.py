@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
+from openblip.batching import read_image
 from openblip.data.nlvr import NlvrPair, collate_pairs, read_pairs
 from openblip.data.rows import BadSample
-from openblip.inference import read_image
 from openblip.models.nlvr import Nlvr
 from openblip.tokenizer import Tokenizer
 from openblip.training.log import ProgressLine

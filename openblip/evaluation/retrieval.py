@@ -9,9 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from openblip.batching import Encoded, ImageLike
 from openblip.data.samples import Sample
 from openblip.evaluation.metrics import RetrievalRecalls, retrieval_recalls
-from openblip.inference import Encoded, Engine, ImageLike, tokenize
+from openblip.inference import Engine, tokenize
 from openblip.tokenizer import TokenBatch
 from openblip.training.log import ProgressLine
 

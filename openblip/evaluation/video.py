@@ -13,10 +13,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from openblip.batching import Encoded
 from openblip.data.video import VideoText, find_video, read_frames
 from openblip.evaluation.metrics import RetrievalRecalls, median_rank, retrieval_recalls
 from openblip.evaluation.retrieval import RetrievalScores, rerank
-from openblip.inference import Encoded, Engine, tokenize
+from openblip.inference import Engine, tokenize
 from openblip.tokenizer import TokenBatch
 
 

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from openblip.answering import Answer, encode_questions
+from openblip.batching import read_image
 from openblip.data.questions import Question, read_questions
 from openblip.data.rows import BadSample
 from openblip.data.samples import Sample
 from openblip.evaluation.vqa_accuracy import vqa_accuracy
 from openblip.images import ImageDecodeError
-from openblip.inference import read_image
 from openblip.models.context import Context
 from openblip.models.vqa import Vqa
 from openblip.tokenizer import Tokenizer

@@ -1,7 +1,7 @@
 """Texts without padding, and the MED's roles `text` and `pair` over them.
 
 Only linear layers and LayerNorms cost much, and they take tokens one by one: all texts stand behind
-each other, in order of their lengths, so that texts of one length attend to themselves as one batch.
+each other, in order of their lengths: those of one length attend to themselves as one batch.
 What is asked of a text is its first token's state; the last layer computes no other.
 
 Letters: R texts, T tokens of all, B images, D text width, H heads, N image positions.

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from openblip.capfilt.filter import DUPLICATE, EMPTY, NOT_ASKED_FOR, UNMATCHED, Filter, KeepRule
 from openblip.checkpoint import model_id
 from openblip.data.samples import Caption
-from openblip.inference import judge_texts
+from openblip.inference import Engine
 
 
 def judged(*rows: tuple[str, str, float]) -> list[Caption]:
@@ -88,7 +88,9 @@ def test_a_filter_adds_its_judgement_and_its_name(judge: Filter) -> None:
     captions = [[Caption("a blue dog"), Caption("a red cat", "human", seed=3)], []]
     first, second = judge.judge(images, captions)
     assert second == []
-    expected = judge_texts(judge.blip, judge.tokenizer, images, [["a blue dog", "a red cat"], []])
+    expected = Engine(judge.blip, judge.tokenizer, dtype="float32").match(
+        images, [["a blue dog", "a red cat"], []]
+    )
     for caption, judgement in zip(first, expected[0], strict=True):
         assert caption.match_probability == judgement.match_probability
         assert caption.similarity == judgement.similarity

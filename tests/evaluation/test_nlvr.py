@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from openblip.batching import read_image
 from openblip.data.nlvr import NlvrPair
 from openblip.evaluation.nlvr import (
     evaluate_nlvr,
@@ -15,7 +16,6 @@ from openblip.evaluation.nlvr import (
     score_nlvr,
 )
 from openblip.images import ImageDecodeError
-from openblip.inference import read_image
 from openblip.models.nlvr import Nlvr, NlvrConfig
 from openblip.models.text import MedConfig
 from openblip.models.vision import VisionConfig

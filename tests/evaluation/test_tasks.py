@@ -11,6 +11,7 @@ from openblip.evaluation.captioning import evaluate_captioning, predictions
 from openblip.evaluation.retrieval import evaluate_retrieval
 from openblip.generation import Decoding
 from openblip.images import ImageDecodeError
+from openblip.inference import Engine
 from openblip.models.blip import Blip, BlipConfig
 from openblip.models.text import MedConfig
 from openblip.models.vision import VisionConfig
@@ -59,9 +60,7 @@ def test_every_caption_is_a_text_of_its_own(model: tuple[Blip, Tokenizer]) -> No
 
 def test_every_image_is_captioned_by_its_key(model: tuple[Blip, Tokenizer]) -> None:
     reports = [
-        evaluate_captioning(
-            Engine.plain(*model), SAMPLES, prompt="a", decoding=GREEDY, batch_size=size
-        )
+        evaluate_captioning(Engine(*model, batch_size=size), SAMPLES, prompt="a", decoding=GREEDY)
         for size in (1, 32)
     ]
     assert reports[0] == reports[1]

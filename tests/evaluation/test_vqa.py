@@ -7,10 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
+from openblip.answering import Answer, Candidates, encode_questions, rank_answers
 from openblip.data.samples import Sample
 from openblip.evaluation.vqa import evaluate_vqa
 from openblip.evaluation.vqa_accuracy import normalise_answer, vqa_accuracy
-from openblip.inference import Answer, Candidates, ask, encode_questions, rank_answers
+from openblip.inference import Engine
 from openblip.models.context import Context
 from openblip.models.text import MedConfig
 from openblip.models.vision import VisionConfig
@@ -143,7 +144,7 @@ def test_ranking_in_parts_is_ranking(
     images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(3))
     context = encode_questions(vqa, tokenizer, images, [["what?", "is it red?"], ["it"]])
     whole = rank_answers(vqa, context, candidates, shortlist=4)
-    monkeypatch.setattr("openblip.inference.RANKED_ROWS", 8)
+    monkeypatch.setattr("openblip.answering.RANKED_ROWS", 8)
     parts = rank_answers(vqa, context, candidates, shortlist=4)
     assert [one.text for one in parts] == [one.text for one in whole]
     for one, other in zip(parts, whole, strict=True):
@@ -156,6 +157,11 @@ def test_ranking_in_parts_is_ranking(
 
 def test_a_written_answer_has_its_own_log_probability(vqa: Vqa, tokenizer: Tokenizer) -> None:
     image = sample("a").image_bytes
-    first, second = ask(vqa, tokenizer, image, ["what is it?", "what is (it)?"])
+    engine = Engine.plain(vqa, tokenizer)
+    [[first, second], none, [third]] = engine.ask(
+        [image] * 3, [["what is it?", "what is (it)?"], [], ["what is it?"]]
+    )
+    assert none == []
+    assert third.text == first.text
     assert first == second
     assert first.log_probability < 0

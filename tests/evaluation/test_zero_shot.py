@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 from openblip.evaluation.zero_shot import evaluate_classification
 from openblip.images import decode_image, eval_transform
-from openblip.inference import classify, embed_images, embed_labels, embed_texts, tokenize
+from openblip.inference import Engine
 from openblip.models.blip import Blip, BlipConfig
 from openblip.models.text import MedConfig
 from openblip.models.vision import VisionConfig
@@ -55,42 +55,40 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_a_label_is_the_mean_of_its_sentences(model: tuple[Blip, Tokenizer]) -> None:
-    labels = embed_labels(*model, ["red", "blue"], TEMPLATES)
+    labels = Engine.plain(*model).labels(["red", "blue"], TEMPLATES)
     assert labels.names == ("red", "blue")
     for name, embedding in zip(labels.names, labels.embedding, strict=True):
         texts = [template.replace("{}", name) for template in TEMPLATES]
-        mean = embed_texts(model[0], tokenize(model[1], texts)).mean(dim=0)
+        mean = Engine.plain(*model).embed_texts(texts).mean(dim=0)
         assert_close(embedding, mean / mean.norm())
 
 
 def test_guesses_are_ranked_and_shares_add_up(model: tuple[Blip, Tokenizer]) -> None:
-    blip, _ = model
-    labels = embed_labels(*model, ["red", "blue", "green"], TEMPLATES)
+    engine = Engine.plain(*model)
+    labels = engine.labels(["red", "blue", "green"], TEMPLATES)
     images = torch.randn(3, 3, 16, 16)
-    for image, guesses in zip(images, classify(blip, images, labels), strict=True):
+    for image, guesses in zip(images, engine.classify(images, labels), strict=True):
         cosines = [guess.similarity for guess in guesses]
         assert cosines == sorted(cosines, reverse=True)
         assert sum(guess.probability for guess in guesses) == pytest.approx(1.0)
         odds = guesses[0].probability / guesses[1].probability
-        gap = (cosines[0] - cosines[1]) / blip.temperature.item()
+        gap = (cosines[0] - cosines[1]) / model[0].temperature.item()
         assert torch.tensor(gap).exp().item() == pytest.approx(odds, rel=1e-3)
         own = labels.embedding[labels.names.index(guesses[0].label)]
-        assert (embed_images(blip, [image])[0] @ own).item() == pytest.approx(cosines[0], abs=1e-5)
+        assert (engine.embed_images([image])[0] @ own).item() == pytest.approx(cosines[0], abs=1e-5)
 
 
 def test_accuracies_of_folders_are_counted_by_hand(
     model: tuple[Blip, Tokenizer], folder: Path
 ) -> None:
-    blip, _ = model
-    report = evaluate_classification(
-        Engine.plain(*model), folder, templates=TEMPLATES, batch_size=2
-    )
+    engine = Engine.plain(*model)
+    report = evaluate_classification(engine, folder, templates=TEMPLATES, batch_size=2)
     names = sorted(color.replace("_", " ") for color in COLORS)
-    labels = embed_labels(*model, names, TEMPLATES)
+    labels = engine.labels(names, TEMPLATES)
     hits: dict[str, list[tuple[bool, bool]]] = {}
     for path in sorted(folder.rglob("*.png")):
         image = eval_transform(decode_image(path.read_bytes()), 16)
-        [guesses] = classify(blip, image[None], labels)
+        [guesses] = engine.classify(image[None], labels)
         best = [guess.label for guess in guesses]
         name = path.parent.name.replace("_", " ")
         hits.setdefault(name, []).append((best[0] == name, name in best[:5]))
@@ -107,20 +105,19 @@ def test_accuracies_of_folders_are_counted_by_hand(
 
 
 def test_what_cannot_be_used_is_named(model: tuple[Blip, Tokenizer], folder: Path) -> None:
+    engine = Engine.plain(*model)
     with pytest.raises(ValueError, match="stand more than once: red"):
-        embed_labels(*model, ["red", "blue", "red"], TEMPLATES)
+        engine.labels(["red", "blue", "red"], TEMPLATES)
     with pytest.raises(ValueError, match=r"need one \{\} .*\['all'\]"):
-        embed_labels(*model, ["red"], ["a {}", "all"])
+        engine.labels(["red"], ["a {}", "all"])
     with pytest.raises(ValueError, match="0 labels"):
-        embed_labels(*model, [])
+        engine.labels([])
     with pytest.raises(ValueError, match=r"without a name .*\['dark_red'"):
-        evaluate_classification(
-            Engine.plain(*model), folder, names={"red": "red", "black": "b", "blue": "u"}
-        )
+        evaluate_classification(engine, folder, names={"red": "red", "black": "b", "blue": "u"})
     with pytest.raises(ValueError, match="holds no folder"):
-        evaluate_classification(Engine.plain(*model), folder / "red")
+        evaluate_classification(engine, folder / "red")
     with pytest.raises(ValueError, match="is no folder"):
-        evaluate_classification(Engine.plain(*model), folder / "red" / "0.png")
+        evaluate_classification(engine, folder / "red" / "0.png")
     (folder / "void").mkdir()
     with pytest.raises(ValueError, match=r"no file in .*void"):
-        evaluate_classification(Engine.plain(*model), folder)
+        evaluate_classification(engine, folder)

@@ -13,7 +13,7 @@ from torch.testing import assert_close
 
 from openblip.evaluation.metrics import RetrievalRecalls, retrieval_recalls
 from openblip.evaluation.retrieval import NOT_JUDGED, RetrievalScores, score_retrieval
-from openblip.inference import embed_images, embed_texts
+from openblip.inference import Engine
 from openblip.tokenizer import TokenBatch
 
 CUTS = (1, 5, 10)
@@ -39,8 +39,14 @@ def expected(reference: Path) -> dict[str, Tensor]:
 @pytest.fixture
 def scores(official_blip, inputs: tuple[Tensor, TokenBatch], facts) -> RetrievalScores:
     images, tokens = inputs
+    return score_retrieval(
+        engine_of(official_blip, 4), list(images), tokens, shortlist=facts["k_test"]
+    )
+
+
+def engine_of(official_blip, batch_size: int = 2) -> Engine:
     blip = official_blip(frozenset({"text", "pair"}))
-    return score_retrieval(blip, list(images), tokens, shortlist=facts["k_test"], batch_size=4)
+    return Engine(blip, tokenizer=None, dtype="float32", batch_size=batch_size)
 
 
 def owners(facts: dict[str, Any]) -> Tensor:
@@ -55,11 +61,11 @@ def named(recalls: RetrievalRecalls) -> Iterator[tuple[str, float]]:
 
 def test_embeddings(official_blip, inputs, expected) -> None:
     images, tokens = inputs
-    blip = official_blip(frozenset({"text", "pair"}))
+    engine = engine_of(official_blip)
     assert_close(
-        embed_images(blip, list(images)), expected["eval.image_embeds"], atol=1e-5, rtol=1e-5
+        engine.embed_images(list(images)), expected["eval.image_embeds"], atol=1e-5, rtol=1e-5
     )
-    assert_close(embed_texts(blip, tokens), expected["eval.text_embeds"], atol=1e-5, rtol=1e-5)
+    assert_close(engine.embed_texts(tokens), expected["eval.text_embeds"], atol=1e-5, rtol=1e-5)
 
 
 def test_score_matrices(scores: RetrievalScores, expected) -> None:
@@ -123,22 +129,20 @@ def test_the_batch_of_images_and_the_padding_change_nothing(
     images, tokens = inputs
     longest = int(tokens.text_mask.sum(dim=1).max())
     cut = TokenBatch(tokens.token_ids[:, :longest], tokens.text_mask[:, :longest], 0)
-    blip = official_blip(frozenset({"text", "pair"}))
-    again = score_retrieval(blip, list(images), cut, shortlist=facts["k_test"], batch_size=1)
+    engine = engine_of(official_blip, batch_size=1)
+    again = score_retrieval(engine, list(images), cut, shortlist=facts["k_test"])
     assert_close(again.image_to_text, scores.image_to_text, atol=1e-5, rtol=1e-5)
     assert_close(again.text_to_image, scores.text_to_image, atol=1e-5, rtol=1e-5)
 
 
 def test_a_shortlist_beyond_the_set_judges_every_pair(official_blip, inputs) -> None:
     images, tokens = inputs
-    blip = official_blip(frozenset({"text", "pair"}))
-    whole = score_retrieval(blip, list(images), tokens, shortlist=10_000)
+    whole = score_retrieval(engine_of(official_blip), list(images), tokens, shortlist=10_000)
     assert (whole.image_to_text != NOT_JUDGED).all()
     assert torch.equal(whole.image_to_text, whole.text_to_image.T)
 
 
 def test_images_that_can_be_read_only_once_are_refused(official_blip, inputs) -> None:
     images, tokens = inputs
-    blip = official_blip(frozenset({"text", "pair"}))
     with pytest.raises(ValueError, match="second time"):
-        score_retrieval(blip, iter(images), tokens, shortlist=2)
+        score_retrieval(engine_of(official_blip), iter(images), tokens, shortlist=2)

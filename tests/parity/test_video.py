@@ -13,6 +13,7 @@ from openblip.data.video import uniform_frames
 from openblip.evaluation.metrics import median_rank, retrieval_recalls
 from openblip.evaluation.retrieval import NOT_JUDGED
 from openblip.evaluation.video import score_videos
+from openblip.inference import Engine
 from openblip.tokenizer import TokenBatch
 
 
@@ -23,7 +24,8 @@ def test_score_matrices_and_recalls(reference: Path, official_blip) -> None:
     assert videos.shape[1] == facts["frames"]
     tokens = TokenBatch(tensors["input_ids"], tensors["attention_mask"], 0)
     blip = official_blip(frozenset({"text", "pair"}))
-    scores = score_videos(blip, list(videos), tokens, shortlist=facts["k_test"])
+    engine = Engine.plain(blip, tokenizer=None)
+    scores = score_videos(engine, list(videos), tokens, shortlist=facts["k_test"])
     for ours, name in ((scores.image_to_text, "v2t"), (scores.text_to_image, "t2v")):
         expected = tensors[f"score_matrix_{name}"]
         assert torch.equal(ours == NOT_JUDGED, expected == NOT_JUDGED)

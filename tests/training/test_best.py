@@ -26,6 +26,7 @@ from openblip.finetune.nlvr import NlvrRecipe, nlvr_training
 from openblip.finetune.retrieval import RetrievalRecipe, retrieval_training
 from openblip.finetune.vqa import VqaRecipe, vqa_training
 from openblip.generation import Decoding
+from openblip.inference import Engine
 from openblip.models.blip import Blip
 from openblip.models.nlvr import nlvr_from_blip
 from openblip.models.vqa import vqa_from_blip
@@ -203,14 +204,14 @@ def test_the_scores_are_those_of_the_kept_model(
         recipe = evaluated(TASKS[name].recipe, data / "test").model_copy(update={"num_steps": 2})
         TASKS[name].prepare(recipe, data, tokenizer).run(files, name)
         [scores] = [line["evaluation"] for line in lines_of(files) if "evaluation" in line]
-        blip, own = load_checkpoint(files.best)
+        engine = Engine.plain(*load_checkpoint(files.best))
         if name == "captioning":
             prompt = CaptioningRecipe().prompt
-            report = evaluate_captioning(blip, own, samples, prompt=prompt, decoding=DECODING)
+            report = evaluate_captioning(engine, samples, prompt=prompt, decoding=DECODING)
             expected = report.scores.to_json()
             criterion = expected["cider"] + expected["bleu_4"]
         else:
-            recalls = evaluate_retrieval(blip, own, samples, shortlist=3)
+            recalls = evaluate_retrieval(engine, samples, shortlist=3)
             expected = recalls.reranked.to_json() | {"itc_mean": recalls.itc.mean}
             criterion = recalls.reranked.mean
         assert scores == {**expected, "criterion": criterion}
