@@ -35,9 +35,9 @@ INT8_ZERO = 128
 @functools.cache
 def is_x86() -> bool:
     """Say whether this is a processor for whose products oneDNN lays out weights."""
-    return (
-        platform.machine().lower() in {"x86_64", "amd64"} and torch.backends.mkldnn.is_available()
-    )
+    if platform.machine().lower() not in {"x86_64", "amd64"}:
+        return False
+    return bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
 
 
 @functools.cache
