@@ -18,6 +18,7 @@ from huggingface_hub.errors import (
 from openblip.checkpoint import FILES, load_checkpoint, load_nlvr_checkpoint, load_vqa_checkpoint
 from openblip.convert import Converted, read_transformers, read_transformers_vqa
 from openblip.convert_transformers import answers_questions
+from openblip.inference import Dtype, Engine
 from openblip.models.blip import Blip
 from openblip.models.nlvr import Nlvr
 from openblip.models.vqa import Vqa
@@ -84,6 +85,21 @@ def load_nlvr(name_or_path: str | Path, *, revision: str | None = None) -> tuple
     transformers.
     """
     return load_nlvr_checkpoint(resolve(name_or_path, revision=revision))
+
+
+def load_engine(
+    name_or_path: str | Path, *, dtype: Dtype = "auto", batch_size: int | None = None
+) -> Engine:
+    """Load whatever captions, matches or answers questions, ready to be asked.
+
+    name_or_path       as of `resolve`: a model as of `load` or of `load_vqa`
+    dtype, batch_size  as of `Engine`
+    Raises ValueError as `load` and `Engine` do.
+    """
+    folder = resolve(name_or_path)
+    if is_vqa(folder):
+        return Engine(*load_vqa(folder), dtype=dtype, batch_size=batch_size)
+    return Engine(*load(folder), dtype=dtype, batch_size=batch_size)
 
 
 def push(
