@@ -138,7 +138,7 @@ class OnnxBackend:
         if not self.config.text.has_cross:
             raise ValueError("this model has neither the role 'pair' nor 'decode'")
         parts = [self._run("context", [part]) for part in self._alone(image_states)]
-        tensors = parts[0] if len(parts) == 1 else [torch.cat(several) for several in zip(*parts)]
+        tensors = _together(parts)
         layers = self.config.text.num_layers
         return Context(tuple(tensors[:layers]), tuple(tensors[layers:]))
 
@@ -146,7 +146,7 @@ class OnnxBackend:
         self._require("text")
         embedding = torch.empty(len(token_ids), self.config.embedding_width)
         order = text_mask.sum(dim=1).argsort(stable=True)
-        for rows in order.split(1 if self.precision == "int8" else TEXTS_AT_ONCE):
+        for rows in torch.split(order, 1 if self.precision == "int8" else TEXTS_AT_ONCE):
             ids, mask = _trimmed(token_ids[rows], text_mask[rows])
             embedding[rows] = self._run("text_encoder", [ids, mask])[0]
         return embedding
@@ -158,7 +158,7 @@ class OnnxBackend:
         logits = torch.empty(len(token_ids), 2)
         for images, rows in _runs(owners):
             seen = context[images]
-            pieces = rows.split(1) if self.precision == "int8" else [rows]
+            pieces = torch.split(rows, 1) if self.precision == "int8" else [rows]
             for piece in pieces:
                 ids, mask = _trimmed(token_ids[piece], text_mask[piece])
                 inputs = [ids, mask, *seen.keys, *seen.values]
@@ -190,7 +190,7 @@ class OnnxBackend:
                 parts.append(
                     self._run("decoder", [token_ids[part], *state, *seen.keys, *seen.values])
                 )
-            found = [torch.cat(several) for several in zip(*parts, strict=True)]
+            found = _together(parts)
         else:
             found = self._run("decoder", [token_ids, *past, *context.keys, *context.values])
         logits, *present = found
@@ -199,10 +199,10 @@ class OnnxBackend:
 
     def _alone(self, rows: Tensor) -> Sequence[Tensor]:
         """Return images as they run: together, or in int8 one by one."""
-        return rows.split(1) if self.precision == "int8" else [rows]
+        return torch.split(rows, 1) if self.precision == "int8" else [rows]
 
     def _run(self, name: str, inputs: Sequence[Tensor]) -> list[Tensor]:
-        """Run a file on its inputs in order. What is contiguous is not copied, nor is what comes."""
+        """Run a file on inputs in its order; what is contiguous is copied neither way."""
         session = self._session(name)
         named = {
             node.name: tensor.detach().contiguous().numpy()
@@ -240,6 +240,13 @@ def _onnxruntime() -> Any:
             "ONNX models are run by the library onnxruntime: pip install 'openblip[onnx]'"
         ) from error
     return onnxruntime
+
+
+def _together(parts: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    """Put the outputs of several runs behind each other."""
+    if len(parts) == 1:
+        return list(parts[0])
+    return [torch.cat(several) for several in zip(*parts, strict=True)]
 
 
 def _trimmed(token_ids: Tensor, text_mask: Tensor) -> tuple[Tensor, Tensor]:

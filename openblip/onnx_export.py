@@ -101,7 +101,7 @@ def export_onnx(
         tokenizer.save(temporary / "tokenizer.json")
         files = {path.name: path.stat().st_size for path in sorted(temporary.iterdir())}
         has_text = "text" in model.config.text.roles
-        temperature = float(model.temperature) if has_text else None
+        temperature = model.temperature.item() if has_text else None
         manifest = Manifest(precision, files, temperature)
         write_json_atomically(temporary / MANIFEST, manifest.to_json())
         reference = TorchBackend(model, "float32", prepack=False)

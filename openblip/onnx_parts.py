@@ -1,20 +1,20 @@
 """The ONNX files of a BLIP, as modules that the exporter can follow.
 
-| file            | inputs                                             | outputs                       |
-|-----------------|----------------------------------------------------|-------------------------------|
-| image_encoder   | images (B, 3, S, S)                                | image_states (B, 1 + N, W)    |
-| image_embedding | class_states (B, W), the first of image_states     | image_embedding (B, E)        |
-| text_encoder    | token_ids, text_mask (R, L)                        | text_embedding (R, E)         |
-| context         | image_states                                       | image_key_i, image_value_i    |
-| pair_encoder    | token_ids, text_mask, image_key_i, image_value_i   | match_logits (R, 2)           |
-| decoder         | token_ids (R, T), past_key_i, past_value_i,        | logits (R, V) of the token    |
-|                 | image_key_i, image_value_i                         | that follows, present_key_i,  |
-|                 |                                                    | present_value_i               |
+| file            | inputs                                           | outputs                     |
+|-----------------|--------------------------------------------------|-----------------------------|
+| image_encoder   | images (B, 3, S, S)                              | image_states (B, 1 + N, W)  |
+| image_embedding | class_states (B, W), the first of image_states   | image_embedding (B, E)      |
+| text_encoder    | token_ids, text_mask (R, L)                      | text_embedding (R, E)       |
+| context         | image_states                                     | image_key_i, image_value_i  |
+| pair_encoder    | token_ids, text_mask, image_key_i, image_value_i | match_logits (R, 2)         |
+| decoder         | token_ids (R, T), past_key_i, past_value_i,      | logits (R, V) of what then  |
+|                 | image_key_i, image_value_i                       | follows, present_key_i,     |
+|                 |                                                  | present_value_i             |
 
 image_key_i and image_value_i, of layer i, are (B, H, 1 + N, D / H): computed once, they serve every
 text and step. The decoder's past is (R, H, P, D / H) with any P, even 0; its present has P + T. All
-keys stand before all values. Rows i * R / B to (i + 1) * R / B - 1 see image i. A text's first token
-is set by the file itself, but the decoder's must be [DEC].
+keys stand before all values. Rows i * R / B to (i + 1) * R / B - 1 see image i. A text's first
+token is set by the file itself, but the decoder's must be [DEC].
 
 Letters: B images, S image side in pixels, N patches, W and D widths of image and text, E embedding
 width, R rows of text, L tokens, T new tokens, P tokens before them, H heads, V vocabulary.
@@ -49,15 +49,20 @@ class Part:
 
 
 def parts_of(blip: Blip) -> dict[str, Part]:
-    """Return the files of a model by name. Sizes of examples are what the exporter takes as free."""
+    """Return the files of a model by name."""
     config, roles = blip.config, blip.config.text.roles
     vision, text = config.vision, config.text
     images = torch.zeros(2, 3, vision.image_size_px, vision.image_size_px)
     states = torch.zeros(2, 1 + vision.num_patches, vision.width)
     ids, mask = torch.zeros(6, 3, dtype=torch.long), torch.ones(6, 3, dtype=torch.long)
     head = text.width // text.num_heads
-    seen = (torch.zeros(2, text.num_heads, 1 + vision.num_patches, head),) * text.num_layers
-    past = (torch.zeros(6, text.num_heads, 5, head),) * text.num_layers
+
+    def layers(*shape: int) -> tuple[Tensor, ...]:
+        # The exporter would take one tensor given twice for one input.
+        return tuple(torch.zeros(shape) for _ in range(text.num_layers))
+
+    seen = [layers(2, text.num_heads, 1 + vision.num_patches, head) for _ in range(2)]
+    past = [layers(6, text.num_heads, 5, head) for _ in range(2)]
     context = (*_numbered("image_key", text), *_numbered("image_value", text))
     own = (*_numbered("key", text), *_numbered("value", text))
     parts = {
@@ -79,12 +84,12 @@ def parts_of(blip: Blip) -> dict[str, Part]:
         )
     if "pair" in roles:
         parts["pair_encoder"] = Part(
-            _PairEncoder(blip), (ids, mask, seen, seen), ((0, 1), (0, 1), (0,), (0,)),
+            _PairEncoder(blip), (ids, mask, *seen), ((0, 1), (0, 1), (0,), (0,)),
             ("token_ids", "text_mask", *context), ("match_logits",), (-1,),
         )  # fmt: skip
     if "decode" in roles:
         parts["decoder"] = Part(
-            _Decoder(blip), (ids, past, past, seen, seen), ((0, 1), (0, 2), (0, 2), (0,), (0,)),
+            _Decoder(blip), (ids, *past, *seen), ((0, 1), (0, 2), (0, 2), (0,), (0,)),
             ("token_ids", *(f"past_{name}" for name in own), *context),
             ("logits", *(f"present_{name}" for name in own)),
         )  # fmt: skip
