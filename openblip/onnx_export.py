@@ -190,6 +190,18 @@ def _write(part: Part, path: Path) -> None:
             external_data=True,
             verbose=False,
         )
+    _forget_origin(path)
+
+
+def _forget_origin(path: Path) -> None:
+    """Remove from a file what the exporter tells of the sources and the paths on this machine."""
+    import onnx
+
+    model = onnx.load(path, load_external_data=False)
+    for part in (model, model.graph, *model.graph.node, *model.graph.value_info):
+        del part.metadata_props[:]
+        part.doc_string = ""
+    path.write_bytes(model.SerializeToString())
 
 
 def _quantise(path: Path, part: Part) -> None:

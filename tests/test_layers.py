@@ -15,10 +15,11 @@ LAYERS = {
         "data.caption_files", "data.remote", "data.rows", "data.shards", "data.tables"],
     1: ["tokenizer", "images", "augment", "models", "losses", "generation"],
     2: ["data", "training", "page", "page_charts", "checkpoint", "convert", "hub", "inference",
-        "convert_official", "convert_transformers", "convert_vocabulary", "convert_weights"],
+        "convert_official", "convert_transformers", "convert_vocabulary", "convert_weights",
+        "onnx_backend", "onnx_export", "onnx_parts"],
     3: ["evaluation", "search", "explain"],
     4: ["pretrain", "finetune", "capfilt", "quickstart"],
-    5: ["cli", "cli_evaluate", "cli_options", "cli_output", "cli_stages", "cli_vqa", "serve",
+    5: ["cli", "cli_evaluate", "cli_export", "cli_options", "cli_output", "cli_stages", "cli_vqa", "serve",
         "__main__"],
 }  # fmt: skip
 LAYER_OF = {prefix: layer for layer, prefixes in LAYERS.items() for prefix in prefixes}
