@@ -156,13 +156,14 @@ class OnnxBackend:
     ) -> Tensor:
         self._require("pair")
         logits = torch.empty(len(token_ids), 2)
-        for images, rows in _runs(owners):
+        if self.precision == "int8":
+            runs = [(slice(i, i + 1), torch.tensor([place])) for place, i in enumerate(owners)]
+        else:
+            runs = list(_runs(owners))
+        for images, rows in runs:
             seen = context[images]
-            pieces = torch.split(rows, 1) if self.precision == "int8" else [rows]
-            for piece in pieces:
-                ids, mask = _trimmed(token_ids[piece], text_mask[piece])
-                inputs = [ids, mask, *seen.keys, *seen.values]
-                logits[piece] = self._run("pair_encoder", inputs)[0]
+            ids, mask = _trimmed(token_ids[rows], text_mask[rows])
+            logits[rows] = self._run("pair_encoder", [ids, mask, *seen.keys, *seen.values])[0]
         return logits
 
     def new_decoder_cache(self) -> DecoderCache:

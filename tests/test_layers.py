@@ -19,8 +19,8 @@ LAYERS = {
         "onnx_backend", "onnx_export", "onnx_parts"],
     3: ["evaluation", "search", "explain"],
     4: ["pretrain", "finetune", "capfilt", "quickstart"],
-    5: ["cli", "cli_evaluate", "cli_export", "cli_options", "cli_output", "cli_stages", "cli_vqa", "serve",
-        "__main__"],
+    5: ["cli", "cli_evaluate", "cli_export", "cli_options", "cli_output", "cli_stages", "cli_vqa",
+        "serve", "__main__"],
 }  # fmt: skip
 LAYER_OF = {prefix: layer for layer, prefixes in LAYERS.items() for prefix in prefixes}
 CALL_OTHER_STAGES = {"capfilt.bootstrap", "quickstart"}

@@ -250,7 +250,7 @@ def test_a_damaged_folder_is_named(exported: dict[str, Path], tmp_path: Path):
     (folder / "onnx.json").write_text("{}")
     with pytest.raises(ValueError, match=r"onnx.json: .*format"):
         load_engine(folder)
-    with pytest.raises(ValueError, match="lacks onnx.json"):
+    with pytest.raises(ValueError, match=r"lacks onnx\.json"):
         OnnxBackend(tmp_path)
     with pytest.raises(ValueError, match="threads 0 must be at least 1"):
         OnnxBackend(exported["float32"], threads=0)
