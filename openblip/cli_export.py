@@ -29,7 +29,7 @@ def onnx(
     target: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to write; a new one.")],
     precision: Annotated[
         Literal["float32", "int8"],
-        typer.Option(help="Of the products; int8 is a quarter of the size, and less accurate."),
+        typer.Option(help="Of the products; int8 is smaller, and less accurate."),
     ] = "float32",
     as_json: AsJson = False,
 ) -> None:
