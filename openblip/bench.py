@@ -119,10 +119,12 @@ def random_texts(tokenizer: Tokenizer, number: int = NUM_TEXTS) -> TokenBatch:
 
 def decoding_of(num_beams: int) -> Decoding:
     """Return greedy or beam search for NEW_TOKENS tokens."""
-    method = "greedy" if num_beams == 1 else "beam"
     return Decoding(
-        method=method, num_beams=num_beams, min_tokens=NEW_TOKENS, max_tokens=NEW_TOKENS
-    )  # type: ignore[arg-type]
+        method="greedy" if num_beams == 1 else "beam",
+        num_beams=num_beams,
+        min_tokens=NEW_TOKENS,
+        max_tokens=NEW_TOKENS,
+    )
 
 
 def works(engine: Engine, judge: Engine) -> list[Work]:
@@ -204,7 +206,8 @@ def measure(
         if time.monotonic() + 2 * once > deadline:
             yield Row(work.name, work.unit, precision, work.count, 0)
             continue
-        own, other = [], []
+        own: list[float] = []
+        other: list[float] = []
         while len(own) < 2 or (len(own) < rounds and time.monotonic() + once < deadline):
             own.append(_seconds(work.run))
             if peer is not None:
@@ -245,7 +248,7 @@ def matrix_peak(precision: Precision, rows: int, width: int = 768) -> float:
 
 def product_rates(precision: Precision, rows: int, width: int = 768) -> dict[str, float]:
     """Return operations a second of products (rows, width) x (width, 4 width), by their kernel."""
-    dtype = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(precision, torch.float32)
+    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
     states = torch.randn(rows, width, generator=_generator()).to(dtype)
     weight = torch.randn(4 * width, width, generator=_generator()).to(dtype)
     kernels: dict[str, nn.Module | Run] = {}
@@ -262,7 +265,8 @@ def product_rates(precision: Precision, rows: int, width: int = 768) -> dict[str
         for name, kernel in kernels.items():
             run = (lambda k=kernel: k(states)) if isinstance(kernel, nn.Module) else kernel
             run()
-            seconds, end = [], time.monotonic() + PEAK_SECONDS
+            seconds: list[float] = []
+            end = time.monotonic() + PEAK_SECONDS
             while time.monotonic() < end or len(seconds) < 3:
                 seconds.append(_seconds(run))
             rates[name] = 2 * rows * width * 4 * width / min(seconds)

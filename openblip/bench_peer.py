@@ -1,4 +1,4 @@
-"""The same work by transformers, written as its documentation would have it, none of it slow on purpose.
+"""The same work by transformers, as its documentation would have it and no slower.
 
 The image is encoded once and its states are expanded to the texts, which are padded to the longest.
 """
@@ -11,9 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from openblip.bench import NEW_TOKENS, PROMPT, Run, random_images, random_texts
+from openblip.bench import (
+    NEW_TOKENS,
+    PROMPT,
+    Run,
+    decoding_of,
+    random_images,
+    random_texts,
+)
 from openblip.checkpoint import save_checkpoint
 from openblip.convert import convert_to_transformers
+from openblip.convert_transformers import Architecture
+from openblip.generation import generate
+from openblip.inference import Engine
 from openblip.models.blip import Blip
 from openblip.tokenizer import TokenBatch, Tokenizer
 
@@ -32,12 +42,15 @@ class Peer:
             raise ValueError("--against transformers needs it: pip install transformers") from error
         with tempfile.TemporaryDirectory() as folder:
             ours = Path(folder, "ours")
-            save_checkpoint(blip, tokenizer, ours)
+            save_checkpoint(ours, blip, tokenizer, "Random weights.")
             models: list[Any] = []
-            for kind in (BlipForConditionalGeneration, BlipForImageTextRetrieval):
-                target = Path(folder, kind.__name__)
-                convert_to_transformers(ours, target, architecture=kind.__name__)
-                models.append(kind.from_pretrained(target).eval())
+            kinds: dict[Architecture, Any] = {
+                "BlipForConditionalGeneration": BlipForConditionalGeneration,
+                "BlipForImageTextRetrieval": BlipForImageTextRetrieval,
+            }
+            for name, kind in kinds.items():
+                convert_to_transformers(ours, Path(folder, name), architecture=name)
+                models.append(kind.from_pretrained(Path(folder, name)).eval())
         self.captioner, self.judge = models
         self.size_px = blip.config.vision.image_size_px
         self.tokens = blip.config.tokens
@@ -126,3 +139,32 @@ class Peer:
             "CapFilt, batch 8, an image encoder each": capfilt,
             "CapFilt, batch 8, one image encoder": capfilt,
         }
+
+
+def check_equal(engine: Engine, peer: Peer) -> None:
+    """Make sure that both sides do the same work.
+
+    Raises ValueError naming what differs: greedy tokens, beams, match logits or text embeddings.
+    """
+    images = random_images(2, peer.size_px)
+    encoded = engine.encode(images)
+    for num_beams in (1, 3):
+        written = generate(
+            engine.backend, encoded.context, prompt_ids=peer.prompt_ids[:-1],
+            tokens=engine.tokenizer.special, decoding=decoding_of(num_beams), seeds=[0, 0],
+        )  # fmt: skip
+        ours = [list(one.token_ids) for [one] in written]
+        if ours != peer.caption(images, num_beams):
+            raise ValueError(f"captions of {num_beams} beams differ from transformers'")
+    states = peer.encode(images[:1]).expand(len(peer.texts.token_ids), -1, -1)
+    for name, own, other in (
+        (
+            "match logits",
+            engine.match_tokens(encoded[:1], peer.texts),
+            peer.match_logits(states, peer.texts)[:, 1],
+        ),
+        ("text embeddings", engine.embed_texts(peer.texts), peer.embed_texts(peer.texts)),
+    ):
+        difference = float((own - other).abs().max())
+        if difference > TOLERANCE:
+            raise ValueError(f"{name} differ from transformers' by {difference:.2g}")

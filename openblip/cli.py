@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal
 import typer
 from typer.core import TyperGroup
 
-from openblip import __version__, cli_evaluate, cli_stages, cli_vqa
+from openblip import __version__, cli_bench, cli_evaluate, cli_export, cli_stages, cli_vqa
 from openblip.captions import DEFAULT_PROMPT
 from openblip.cli_options import AsJson, Data, DtypeOption, ModelArgument, ModelOption, Prompt
 from openblip.cli_output import answer, conversion_text, say, table
@@ -71,9 +71,11 @@ app.command()(cli_stages.draw)
 app.command()(cli_stages.bootstrap)
 app.command()(cli_stages.pretrain)
 app.command()(cli_evaluate.classify)
+app.command()(cli_bench.bench)
 app.add_typer(cli_stages.finetune_app, name="finetune")
 app.add_typer(cli_stages.capfilt_app, name="capfilt")
 app.add_typer(evaluate_app, name="evaluate")
+app.add_typer(cli_export.export_app, name="export")
 evaluate_app.command("classification")(cli_evaluate.evaluate_classification)
 evaluate_app.command("video")(cli_evaluate.evaluate_video)
 evaluate_app.command("nlvr")(cli_evaluate.evaluate_nlvr)

@@ -15,12 +15,20 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from openblip.checkpoint import FILES, load_checkpoint, load_nlvr_checkpoint, load_vqa_checkpoint
+from openblip.checkpoint import (
+    FILES,
+    load_checkpoint,
+    load_nlvr_checkpoint,
+    load_tokenizer,
+    load_vqa_checkpoint,
+)
 from openblip.convert import Converted, read_transformers, read_transformers_vqa
 from openblip.convert_transformers import answers_questions
+from openblip.inference import Dtype, Engine
 from openblip.models.blip import Blip
 from openblip.models.nlvr import Nlvr
 from openblip.models.vqa import Vqa
+from openblip.onnx_backend import OnnxBackend, is_onnx
 from openblip.tokenizer import Tokenizer
 
 # Of all that a repository may hold (other frameworks' weights, training states), what we read.
@@ -84,6 +92,30 @@ def load_nlvr(name_or_path: str | Path, *, revision: str | None = None) -> tuple
     transformers.
     """
     return load_nlvr_checkpoint(resolve(name_or_path, revision=revision))
+
+
+def load_engine(
+    name_or_path: str | Path, *, dtype: Dtype = "auto", batch_size: int | None = None
+) -> Engine:
+    """Load whatever captions, matches or answers questions, ready to be asked.
+
+    name_or_path       as of `resolve`: a model as of `load` or of `load_vqa`, or a local folder of
+                       `openblip export onnx`
+    dtype, batch_size  as of `Engine`; an export has the precision that it was written in
+    Raises ValueError as `load`, `Engine` and `OnnxBackend` do, and for an export of another dtype.
+    """
+    folder = resolve(name_or_path)
+    if is_onnx(folder):
+        backend = OnnxBackend(folder)
+        if dtype not in ("auto", backend.precision):
+            raise ValueError(
+                f"{folder} was exported in {backend.precision}, and cannot be run in {dtype}"
+            )
+        tokenizer = load_tokenizer(folder)
+        return Engine(backend, tokenizer, dtype=backend.precision, batch_size=batch_size)
+    if is_vqa(folder):
+        return Engine(*load_vqa(folder), dtype=dtype, batch_size=batch_size)
+    return Engine(*load(folder), dtype=dtype, batch_size=batch_size)
 
 
 def push(
