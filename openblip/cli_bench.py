@@ -28,8 +28,8 @@ def bench(
         list[str] | None,
         typer.Option(
             "--dtype",
-            help="Precision to measure; may be given several times. By default float32, bfloat16, "
-            "int8.",
+            help="Precision to measure; may be given several times. By default float32 and "
+            "bfloat16, and without --against also int8.",
         ),
     ] = None,
     chosen: Annotated[
@@ -39,7 +39,7 @@ def bench(
     against: Annotated[
         Literal["transformers"] | None, typer.Option(help="Do the same work by this library, too.")
     ] = None,
-    rounds: Annotated[int, typer.Option(min=2, help="Runs of each work.")] = 5,
+    rounds: Annotated[int, typer.Option(min=2, help="Runs of each work.")] = 2,
     budget_s: Annotated[
         float, typer.Option(min=1, help="Seconds after which no further work begins.")
     ] = 840.0,
@@ -94,7 +94,7 @@ def _measure(
     from openblip.training.log import ProgressLine
 
     deadline = time.monotonic() + budget_s
-    precisions = _precisions(dtypes)
+    precisions = _precisions(dtypes, against)
     if threads is not None:
         torch.set_num_threads(threads)
     blip, tokenizer = measures.random_model(size, image_size) if model is None else load(model)
@@ -117,16 +117,14 @@ def _measure(
             if peer is not None:
                 peer.to(torch.bfloat16 if precision == "bfloat16" else torch.float32)
             theirs = {} if peer is None else peer.works()
-            remaining = deadline - time.monotonic()
-            end = time.monotonic() + remaining / (len(precisions) - precisions.index(precision))
             for row in measures.measure(
-                works, theirs, precision, rounds=rounds, deadline=end, on_row=say
+                works, theirs, precision, rounds=rounds, deadline=deadline, on_row=say
             ):
                 rows.append(row)
                 progress.advance(1)
             limits[precision] = _limits(engine, rows)
             del engine, works
-    rates = {name: measures.product_rates(name, 577) for name in precisions}
+    rates = {name: measures.product_rates(name, 577) for name in _precisions(None, None)}
     lines = measures.advice(rates, best_precision(blip.device))
     result = {
         "model": model or f"random {size}, {image_size} px",
@@ -140,11 +138,13 @@ def _measure(
     return result, _text(rows, limits, lines, against), rows
 
 
-def _precisions(names: Sequence[str] | None) -> "list[Precision]":
+def _precisions(names: Sequence[str] | None, against: str | None) -> "list[Precision]":
     known: list[Precision] = ["float32", "bfloat16", "int8"]
     if unknown := set(names or ()) - set(known):
         raise ValueError(f"--dtype {', '.join(sorted(unknown))}: known are {', '.join(known)}")
-    return [name for name in known if names is None or name in names]
+    if names is None:
+        return known if against is None else known[:2]
+    return [name for name in known if name in names]
 
 
 def _limits(engine: "Engine", rows: "Sequence[Row]") -> dict[str, float]:

@@ -25,6 +25,10 @@ Precision = Literal["float32", "bfloat16", "float16", "int8"]
 
 SMALLEST_WIDTH = 256
 """Below this, laying out weights gains less than the calls cost."""
+SMALLEST_INT8_WIDTH = 32
+"""The same of int8, which is only taken on request."""
+KEPT_EXACT = {"image_projection", "text_projection", "match_head"}
+"""Layers that stay as they are: they are small, and each decides a result alone."""
 FEW_ROWS = range(8, 257)
 """Rows at which laid-out float32 weights pay even where the default library is fast: on an Intel
 Xeon with AVX-512 1.3 times at 24 rows; at fewer they are slower, at more no faster."""
@@ -153,13 +157,16 @@ def prepare(model: M, precision: Precision, *, prepack: bool = True) -> M:
 
 
 def _replace(module: nn.Module, kind: type[PackedLinear] | type[Int8Linear]) -> None:
+    smallest = SMALLEST_INT8_WIDTH if kind is Int8Linear else SMALLEST_WIDTH
     for name, child in list(module.named_children()):
-        if isinstance(child, nn.Linear) and min(child.weight.shape) >= SMALLEST_WIDTH:
+        if name in KEPT_EXACT:
+            continue
+        if isinstance(child, nn.Linear) and min(child.weight.shape) >= smallest:
             setattr(module, name, kind(child.weight, child.bias))
         else:
             _replace(child, kind)
     head, embedding = getattr(module, "lm_head", None), getattr(module, "word_embedding", None)
     if not isinstance(head, LmHead) or not isinstance(embedding, nn.Embedding):
         return
-    if embedding.embedding_dim >= SMALLEST_WIDTH:
+    if embedding.embedding_dim >= smallest:
         module.lm_head = PreparedLmHead(head, kind(embedding.weight, head.bias))
