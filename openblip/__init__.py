@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from openblip.hub import load as load
+    from openblip.hub import load_engine as load_engine
     from openblip.hub import load_vqa as load_vqa
     from openblip.inference import Engine as Engine
     from openblip.models.blip import Blip as Blip
@@ -20,9 +21,10 @@ _HOME_OF = {
     "Engine": "openblip.inference",
     "Vqa": "openblip.models.vqa",
     "load": "openblip.hub",
+    "load_engine": "openblip.hub",
     "load_vqa": "openblip.hub",
 }
-__all__ = ["Blip", "Engine", "Vqa", "__version__", "load", "load_vqa"]
+__all__ = ["Blip", "Engine", "Vqa", "__version__", "load", "load_engine", "load_vqa"]
 
 
 def __getattr__(name: str) -> object:

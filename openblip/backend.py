@@ -28,6 +28,8 @@ class Backend(Protocol):
     def device(self) -> torch.device: ...
     @property
     def temperature(self) -> float: ...
+    @property
+    def precision(self) -> Precision: ...
 
     def encode_images(self, images: Tensor) -> Tensor:
         """Images (B, 3, S, S) -> image_states (B, 1 + N, D)."""
@@ -67,7 +69,7 @@ class TorchBackend:
 
     def __init__(self, blip: Blip, precision: Precision, *, prepack: bool = True) -> None:
         self.blip = prepare(blip, precision, prepack=prepack)
-        self.config = blip.config
+        self.config, self.precision = blip.config, precision
         self._dtype = self.blip.vision.class_token.dtype
 
     @property

@@ -316,7 +316,7 @@ def advice(rates: Mapping[Precision, Mapping[str, float]], chosen: Precision) ->
     best = {precision: max(values.values()) for precision, values in rates.items()}
     told = ", ".join(f"{name} {rate / 1e9:,.0f} GFLOP/s" for name, rate in best.items())
     lines = [f"auto takes {chosen} here: {told} at the products of one image"]
-    exact = {name: rate for name, rate in best.items() if name != "int8"}
+    exact: dict[Precision, float] = {n: rate for n, rate in best.items() if n != "int8"}
     fastest = max(exact, key=lambda name: exact[name])
     if exact[fastest] > 1.15 * exact.get(chosen, math.inf):
         lines.append(f"warning: {fastest} is faster here than {chosen}: ask for it by name")

@@ -120,11 +120,10 @@ def evaluate_retrieval(
     In percent; tr finds texts for an image, ir images for a text.
     """
     from openblip.evaluation.retrieval import evaluate_retrieval as evaluate
-    from openblip.hub import load
-    from openblip.inference import Engine
+    from openblip.hub import load_engine
 
     samples = _samples(data)
-    engine = Engine(*load(model), dtype=dtype)
+    engine = load_engine(model, dtype=dtype)
     report = evaluate(engine, samples, shortlist=shortlist)
     itc, reranked = report.itc.to_json(), report.reranked.to_json()
     rows = [[name, f"{itc[name]:.2f}", f"{reranked[name]:.2f}"] for name in itc]
@@ -155,12 +154,11 @@ def evaluate_captioning(
     from openblip.evaluation.captioning import evaluate_captioning as evaluate
     from openblip.evaluation.captioning import predictions as predictions_of
     from openblip.generation import Decoding
-    from openblip.hub import load
-    from openblip.inference import Engine
+    from openblip.hub import load_engine
 
     samples = _samples(data, may_lack_captions=predictions is not None)
     decoding = Decoding(method="beam", num_beams=num_beams)
-    engine = Engine(*load(model), dtype=dtype)
+    engine = load_engine(model, dtype=dtype)
     report = evaluate(engine, samples, prompt=prompt, decoding=decoding)
     if predictions is not None:
         predictions.parent.mkdir(parents=True, exist_ok=True)
@@ -259,11 +257,11 @@ def match(
     Prints for every text the probability of the ITM head that the pair matches, and the ITC cosine.
     """
     from openblip.data.files import prepare_image
-    from openblip.hub import load
-    from openblip.inference import MAX_TEXT_TOKENS, Engine, tokenize
+    from openblip.hub import load_engine
+    from openblip.inference import MAX_TEXT_TOKENS, tokenize
 
     data = image.read_bytes()
-    engine = Engine(*load(model), dtype=dtype)
+    engine = load_engine(model, dtype=dtype)
     pixels = prepare_image(data, image, engine.image_size_px)
     [judged] = engine.match([pixels], [texts])
     if num_truncated := tokenize(engine.tokenizer, texts).num_truncated:

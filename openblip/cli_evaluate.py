@@ -41,8 +41,7 @@ def classify(
     A file that is no image is named on stderr with the reason.
     """
     from openblip.data.files import list_files, read_batches
-    from openblip.hub import load
-    from openblip.inference import Engine
+    from openblip.hub import load_engine
 
     names = _lines(Path(labels)) if Path(labels).is_file() else labels.split(",")
     names = [name.strip() for name in names if name.strip()]
@@ -54,7 +53,7 @@ def classify(
         say(f"not classified: {path}: {reason}")
 
     files = list_files(paths, on_bad=on_bad)
-    engine = Engine(*load(model), dtype=dtype)
+    engine = load_engine(model, dtype=dtype)
     known = engine.labels(names, _templates(templates))
     for read, batch in read_batches(files, engine.image_size_px, batch_size, on_bad=on_bad):
         for path, guesses in zip(read, engine.classify(batch, known), strict=True):

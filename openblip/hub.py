@@ -112,7 +112,7 @@ def load_engine(
                 f"{folder} was exported in {backend.precision}, and cannot be run in {dtype}"
             )
         tokenizer = load_tokenizer(folder)
-        return Engine(backend, tokenizer, dtype=backend.precision, batch_size=batch_size)
+        return Engine(backend, tokenizer, batch_size=batch_size)
     if is_vqa(folder):
         return Engine(*load_vqa(folder), dtype=dtype, batch_size=batch_size)
     return Engine(*load(folder), dtype=dtype, batch_size=batch_size)

@@ -54,7 +54,8 @@ T = TypeVar("T")
 class Engine:
     """A trained model, ready to be asked about any number of images.
 
-    model       a `Blip`, a `Vqa` (which is only asked), or another backend that runs a BLIP
+    model       a `Blip`, a `Vqa` (which is only asked), or another backend that runs a BLIP, in its
+                own precision
     dtype       `auto` is what is fastest on the model's device among those that lose no accuracy
                 worth speaking of; int8 is taken on request alone (docs/performance.md)
     batch_size  images that are worked on together; by default what the free memory holds. It
@@ -75,14 +76,14 @@ class Engine:
         self.tokenizer = tokenizer
         self._backend: Backend | None = None
         self._vqa: Vqa | None = None
-        self.precision = best_precision(model.device) if dtype == "auto" else dtype
+        self.precision: Precision = best_precision(model.device) if dtype == "auto" else dtype
         match model:
             case Blip():
                 self._backend = TorchBackend(model, self.precision, prepack=prepack)
             case Vqa():
                 self._vqa = prepare(model, self.precision, prepack=prepack)
             case _:
-                self._backend = model
+                self._backend, self.precision = model, model.precision
         self.config = model.config
         vision, text = model.config.vision, model.config.text
         self._batcher = Batcher(

@@ -237,3 +237,52 @@ def test_beam_search_goes_on_while_a_longer_text_may_win(context: Context) -> No
 def test_values_out_of_range_are_named(values: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Decoding(**values)
+
+
+@pytest.mark.parametrize("method", DECODINGS)
+def test_images_that_leave_the_batch_change_no_caption(
+    blip: Blip, context: Context, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their captions end at different steps; leaving at once or only together gives the same."""
+    decoding = replace(DECODINGS[method], max_tokens=16)
+    found = {}
+    for parts in (1, 100):
+        monkeypatch.setattr("openblip.generation.LEAVING_PARTS", parts)
+        rows: list[int] = []
+        step = blip.decode_step
+
+        def counted(token_ids, cache, context, step=step, rows=rows):
+            rows.append(len(token_ids))
+            return step(token_ids, cache, context)
+
+        monkeypatch.setattr(blip, "decode_step", counted)
+        found[parts] = decode(blip, context, decoding, seeds=range(NUM_IMAGES)), rows
+        monkeypatch.setattr(blip, "decode_step", step)
+    together, leaving = found[1], found[100]
+    for one, other in zip(together[0], leaving[0], strict=True):
+        assert [c.token_ids for c in one] == [c.token_ids for c in other]
+        assert one[0].log_probabilities == pytest.approx(other[0].log_probabilities, abs=1e-5)
+    assert together[1][0] == leaving[1][0] == NUM_IMAGES  # the prefix is read once per image
+    assert sum(leaving[1]) < sum(together[1])
+
+
+def test_a_nucleus_beyond_the_likeliest_tokens_is_found(
+    blip: Blip, context: Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[int, list[torch.Tensor]] = {}
+    for number in (2, 5, 1024):
+        monkeypatch.setattr("openblip.generation.NUCLEUS_TOKENS", number)
+        drawn = seen.setdefault(number, [])
+
+        def first(probabilities, generators, drawn=drawn):
+            drawn.append(probabilities)
+            return probabilities.argmax(dim=1)
+
+        generate(
+            blip, context, prompt_ids=PROMPT, tokens=TOKENS, seeds=[0] * NUM_IMAGES, sample=first,
+            decoding=Decoding(method="nucleus", top_p=0.95, min_tokens=0, max_tokens=6),
+        )  # fmt: skip
+    assert len(seen[2]) == len(seen[5]) == len(seen[1024])
+    for few, some, whole in zip(seen[2], seen[5], seen[1024], strict=True):
+        torch.testing.assert_close(few, whole)
+        torch.testing.assert_close(some, whole)
