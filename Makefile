@@ -51,7 +51,7 @@ lint: install-dev
 	$(BIN)/mypy --strict openblip
 
 test: lint
-	$(BIN)/pytest -n 2 -m "not slow and not gpu"
+	$(BIN)/pytest -n 2 --dist loadgroup -m "not slow and not gpu"
 
 slow test-slow: install-dev
 	$(BIN)/pytest -m "slow and not gpu"

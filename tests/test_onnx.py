@@ -22,6 +22,9 @@ from openblip.onnx_backend import OnnxBackend
 from openblip.onnx_export import compare, export_onnx
 from openblip.tokenizer import Tokenizer
 
+# One worker exports once for all tests.
+pytestmark = pytest.mark.xdist_group("onnx")
+
 TOLERANCE = 1e-4
 # Of a model of random weights, whose int8 errors nothing has been trained to bear.
 INT8_TOLERANCE = 0.15
