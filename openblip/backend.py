@@ -95,7 +95,7 @@ class TorchBackend:
 
     @torch.no_grad()
     def project_context(self, image_states: Tensor) -> Context:
-        return self.blip.project_context(image_states).contiguous()
+        return self.blip.project_context(image_states)
 
     @torch.no_grad()
     def embed_texts(self, token_ids: Tensor, text_mask: Tensor) -> Tensor:

@@ -17,9 +17,6 @@ NEGLIGIBLE = -1e9
 """Starting score of all beams but the first, which would otherwise be its copies."""
 LEAVING_PARTS = 4
 """Images leave a batch once this part of it, one in so many, is done."""
-NUCLEUS_TOKENS = 1024
-"""The likeliest tokens, among which a nucleus mostly ends: sorting a vocabulary takes longer than
-computing its logits."""
 
 
 class Decoder(Protocol):
@@ -362,15 +359,10 @@ def _nucleus(scores: Tensor, top_k: int, top_p: float) -> Tensor:
     if top_k:
         lowest = scores.topk(min(top_k, scores.shape[1]), dim=1).values[:, -1:]
         scores = scores.masked_fill(scores < lowest, -torch.inf)
-    probabilities = scores.softmax(dim=1)
-    num = min(NUCLEUS_TOKENS, scores.shape[1])
-    ordered, order = probabilities.topk(num, dim=1)
-    if num < scores.shape[1] and bool((ordered.sum(dim=1) <= top_p).any()):
-        ordered, order = probabilities.sort(dim=1, descending=True)
-    before = ordered.cumsum(dim=1).roll(1, dims=1)
+    ordered, order = scores.sort(dim=1, descending=True)
+    before = ordered.softmax(dim=1).cumsum(dim=1).roll(1, dims=1)
     before[:, 0] = 0.0
-    is_inside = torch.zeros_like(scores, dtype=torch.bool).scatter(1, order, before <= top_p)
-    return scores.masked_fill(~is_inside, -torch.inf)
+    return scores.masked_fill((before > top_p).scatter(1, order, before > top_p), -torch.inf)
 
 
 def _finish(ids: list[int], gains: list[float], tokens: SpecialTokens) -> Generated:

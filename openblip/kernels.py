@@ -29,9 +29,9 @@ SMALLEST_INT8_WIDTH = 32
 """The same of int8, which is only taken on request."""
 KEPT_EXACT = {"image_projection", "text_projection", "match_head"}
 """Layers that stay as they are: they are small, and each decides a result alone."""
-FEW_ROWS = range(8, 257)
+FEW_ROWS = range(4, 257)
 """Rows at which laid-out float32 weights pay even where the default library is fast: on an Intel
-Xeon with AVX-512 1.3 times at 24 rows; at fewer they are slower, at more no faster."""
+Xeon with AVX-512 1.3 to 1.8 times for the wide layers; at fewer they are slower, at more as fast."""
 LARGEST_INT8 = 127
 INT8_ZERO = 128
 

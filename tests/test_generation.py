@@ -264,25 +264,3 @@ def test_images_that_leave_the_batch_change_no_caption(
         assert one[0].log_probabilities == pytest.approx(other[0].log_probabilities, abs=1e-5)
     assert together[1][0] == leaving[1][0] == NUM_IMAGES  # the prefix is read once per image
     assert sum(leaving[1]) < sum(together[1])
-
-
-def test_a_nucleus_beyond_the_likeliest_tokens_is_found(
-    blip: Blip, context: Context, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen: dict[int, list[torch.Tensor]] = {}
-    for number in (2, 5, 1024):
-        monkeypatch.setattr("openblip.generation.NUCLEUS_TOKENS", number)
-        drawn = seen.setdefault(number, [])
-
-        def first(probabilities, generators, drawn=drawn):
-            drawn.append(probabilities)
-            return probabilities.argmax(dim=1)
-
-        generate(
-            blip, context, prompt_ids=PROMPT, tokens=TOKENS, seeds=[0] * NUM_IMAGES, sample=first,
-            decoding=Decoding(method="nucleus", top_p=0.95, min_tokens=0, max_tokens=6),
-        )  # fmt: skip
-    assert len(seen[2]) == len(seen[5]) == len(seen[1024])
-    for few, some, whole in zip(seen[2], seen[5], seen[1024], strict=True):
-        torch.testing.assert_close(few, whole)
-        torch.testing.assert_close(some, whole)

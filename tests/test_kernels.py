@@ -26,7 +26,7 @@ def blip(width: int = 256) -> Blip:
 
 
 @needs_x86
-@pytest.mark.parametrize("shape", [(1, 300), (FEW_ROWS[0], 300), (2, 30, 300), (700, 300)])
+@pytest.mark.parametrize("shape", [(1, 300), (FEW_ROWS.start, 300), (2, 30, 300), (700, 300)])
 @pytest.mark.parametrize("is_slow", [False, True])
 def test_a_laid_out_layer_is_the_layer(
     shape: tuple[int, ...], is_slow: bool, monkeypatch: pytest.MonkeyPatch
