@@ -31,7 +31,7 @@ KEPT_EXACT = {"image_projection", "text_projection", "match_head"}
 """Layers that stay as they are: they are small, and each decides a result alone."""
 FEW_ROWS = range(4, 257)
 """Rows at which laid-out float32 weights pay even where the default library is fast: on an Intel
-Xeon with AVX-512 1.3 to 1.8 times for the wide layers; at fewer they are slower, at more as fast."""
+Xeon with AVX-512 1.3 to 1.8 times for wide layers; at fewer they are slower, at more as fast."""
 LARGEST_INT8 = 127
 INT8_ZERO = 128
 

@@ -123,8 +123,8 @@ class _TextEncoder(_OfBlip):
 
 class _ContextProjection(_OfBlip):
     def forward(self, image_states: Tensor) -> tuple[Tensor, ...]:
-        context = self.blip.project_context(image_states).contiguous()
-        return (*context.keys, *context.values)
+        context = self.blip.project_context(image_states)
+        return tuple(part.contiguous() for part in (*context.keys, *context.values))
 
 
 class _PairEncoder(_OfBlip):

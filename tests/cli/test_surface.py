@@ -17,7 +17,7 @@ COMMANDS = [
     "capfilt", "capfilt run", "capfilt rethreshold", "capfilt report", "evaluate",
     "evaluate retrieval", "evaluate captioning", "evaluate classification", "evaluate video",
     "evaluate vqa", "evaluate nlvr", "caption", "match", "refine", "ask", "questions", "classify",
-    "convert",
+    "convert", "bench", "export", "export onnx",
 ]  # fmt: skip
 
 HELP_WITHOUT_TORCH = """
@@ -39,7 +39,7 @@ def test_help_of_every_command_needs_no_torch() -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Usage: ") == len(COMMANDS)
     # Every command that gives an answer gives it as JSON too; groups give none.
-    groups = {"", "finetune", "capfilt", "evaluate"}
+    groups = {"", "finetune", "capfilt", "evaluate", "export"}
     assert done.stdout.count("--json") == len(set(COMMANDS) - groups)
 
 
