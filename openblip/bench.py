@@ -28,6 +28,7 @@ NEW_TOKENS = 20
 """Tokens of every caption here, no less and no more: equal work, whatever the weights."""
 PROMPT = "a picture of"
 NUM_TEXTS, MEAN_TOKENS, SPREAD_TOKENS, FEWEST_TOKENS, MOST_TOKENS = 128, 13, 3, 6, 20
+NUM_LOOPED = 8
 NUM_WORDS = 30522
 SEED = 42
 PEAK_SECONDS = 0.5
@@ -137,6 +138,7 @@ def works(engine: Engine, judge: Engine) -> list[Work]:
     images = random_images(8, size_px)
     texts = random_texts(engine.tokenizer)
     pair = random_texts(engine.tokenizer, 16)
+    looped = TokenBatch(texts.token_ids[:NUM_LOOPED], texts.text_mask[:NUM_LOOPED], 0)
     states = engine.encode(images[:1]).states
 
     def caption(number: int, num_beams: int) -> Run:
@@ -173,6 +175,10 @@ def works(engine: Engine, judge: Engine) -> list[Work]:
         Work(
             "ITM, 1 image x 128 texts, states at hand", "pairs", NUM_TEXTS,
             lambda: engine.match_tokens(Encoded(states, engine.backend), texts),
+        ),
+        Work(
+            "ITM, 1 image x 8 texts, encoded again for every text", "pairs", NUM_LOOPED,
+            lambda: engine.match_tokens(engine.encode(images[:1]), looped),
         ),
         Work("ITC, 128 texts", "texts", NUM_TEXTS, lambda: engine.embed_texts(texts)),
         Work("CapFilt, batch 8, an image encoder each", "images", 8, capfilt),

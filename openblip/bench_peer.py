@@ -13,6 +13,7 @@ from torch import Tensor
 
 from openblip.bench import (
     NEW_TOKENS,
+    NUM_LOOPED,
     PROMPT,
     Run,
     decoding_of,
@@ -108,7 +109,7 @@ class Peer:
 
     @torch.no_grad()
     def match_by_rows(self, image: Tensor, num_pairs: int) -> Tensor:
-        """Judge pairs as `forward` has it: the image once more for every text."""
+        """Judge pairs as the usual loop does: `forward` encodes the image anew for every text."""
         ids, mask = self.texts.token_ids[:num_pairs], self.texts.text_mask[:num_pairs]
         pixels = image.expand(num_pairs, -1, -1, -1).to(self.dtype)
         logits: Tensor = self.judge(ids, pixels, attention_mask=mask)[0]
@@ -135,6 +136,9 @@ class Peer:
             "caption, batch 8, beam 3": lambda: self.caption(images, 3),
             "ITM, 1 image x 128 texts, image to encode": lambda: match(self.encode(images[:1])),
             "ITM, 1 image x 128 texts, states at hand": lambda: match(states),
+            "ITM, 1 image x 8 texts, encoded again for every text": lambda: self.match_by_rows(
+                images[:1], NUM_LOOPED
+            ),
             "ITC, 128 texts": lambda: self.embed_texts(self.texts),
             "CapFilt, batch 8, an image encoder each": capfilt,
             "CapFilt, batch 8, one image encoder": capfilt,

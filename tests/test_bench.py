@@ -61,7 +61,8 @@ def test_every_work_does_what_its_name_says(
         "image encoder, batch 8": 8, "caption, batch 1, greedy": 1, "caption, batch 1, beam 3": 1,
         "caption, batch 8, greedy": 8, "caption, batch 8, beam 3": 8,
         "ITM, 1 image x 128 texts, image to encode": 1,
-        "ITM, 1 image x 128 texts, states at hand": 0, "ITC, 128 texts": 0,
+        "ITM, 1 image x 128 texts, states at hand": 0,
+        "ITM, 1 image x 8 texts, encoded again for every text": 1, "ITC, 128 texts": 0,
         "CapFilt, batch 8, an image encoder each": 16, "CapFilt, batch 8, one image encoder": 8,
     }  # fmt: skip
     encoded: list[int] = []
