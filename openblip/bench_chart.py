@@ -5,7 +5,7 @@ from html import escape
 
 from openblip.bench import Row
 
-LABEL, WIDTH, BAR, GAP, TOP = 330, 900, 14, 8, 40
+LABEL, WIDTH, BAR, GAP, TOP = 400, 900, 14, 8, 64
 COLORS = {"float32": "#2f6fb0", "bfloat16": "#b0662f", "int8": "#4f8a3c"}
 STYLE = (
     "text{font:13px system-ui,sans-serif;fill:#222}line{stroke:#888}"
@@ -37,15 +37,15 @@ def ratio_chart(rows: Sequence[Row]) -> str:
     legend, x = [], float(LABEL)
     for precision in dict.fromkeys(row.precision for row in rows if row.ratio is not None):
         legend.append(
-            f'<rect x="{x}" y="10" width="12" height="12" fill="{COLORS.get(precision, "#777")}"/>'
+            f'<rect x="{x}" y="32" width="12" height="12" fill="{COLORS.get(precision, "#777")}"/>'
         )
-        legend.append(_text(x + 17, 21, precision))
+        legend.append(_text(x + 17, 43, precision))
         x += 100
     title = "times as fast as transformers (the line: equally fast)"
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {y + 8}" role="img" '
         f'aria-label="{escape(title)}"><style>{STYLE}</style>'
-        + "".join([*legend, _text(x + 20, 21, title), *parts])
+        + "".join([_text(LABEL, 18, title), *legend, *parts])
         + f'<line x1="{line:.1f}" x2="{line:.1f}" y1="{TOP - 6}" y2="{y}" stroke-dasharray="4 3"/>'
         "</svg>\n"
     )

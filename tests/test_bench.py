@@ -120,7 +120,7 @@ def test_the_chart_is_a_picture_of_the_ratios() -> None:
     ]
     root = ElementTree.fromstring(ratio_chart(rows))
     space = "{http://www.w3.org/2000/svg}"
-    widths = [float(r.get("width")) for r in root.iter(f"{space}rect") if r.get("y") != "10"]
+    widths = [float(r.get("width")) for r in root.iter(f"{space}rect") if r.get("y") != "32"]
     assert widths[1] == pytest.approx(2 * widths[0], rel=0.01)
     assert "ITC & more" in [text.text for text in root.iter(f"{space}text")]
     with pytest.raises(ValueError, match="nothing to draw"):
