@@ -201,8 +201,7 @@ def caption(
     from openblip.data.batches import stable_id
     from openblip.data.files import list_files, read_batches
     from openblip.generation import Decoding
-    from openblip.hub import load
-    from openblip.inference import Engine
+    from openblip.hub import load_engine
     from openblip.training.log import ProgressLine
 
     decoding = Decoding(
@@ -217,7 +216,7 @@ def caption(
         say(f"not captioned: {path}: {reason}")
 
     files = list_files(paths, on_bad=on_bad)
-    engine = Engine(*load(model), dtype=dtype)
+    engine = load_engine(model, dtype=dtype)
     batches = read_batches(files, engine.image_size_px, batch_size, on_bad=on_bad)
     with ProgressLine("captions", len(files), unit="files") as progress:
         for names, batch in batches:

@@ -5,11 +5,13 @@ Letters: B images, S image side in pixels.
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from openblip.data.prefetch import JOBS_PER_WORKER, map_in_order
 from openblip.images import ImageDecodeError, decode_image, eval_transform
 
 MAX_FILE_BYTES = 1 << 30
@@ -48,26 +50,34 @@ def list_files(paths: Sequence[Path], *, on_bad: OnBadFile) -> list[Path]:
 def read_batches(
     files: Sequence[Path], size_px: int, batch_size: int, *, on_bad: OnBadFile
 ) -> Iterator[tuple[list[Path], Tensor]]:
-    """Yield images (B, 3, S, S), B up to `batch_size`, with their paths; one batch is held.
+    """Yield images (B, 3, S, S), B up to `batch_size`, with their paths.
 
-    on_bad   called with each file that is no usable image, and the reason
+    Files are read and decoded by threads, a few dozen ahead of what is done with the batches.
+    on_bad   called with each file that is no usable image, and the reason, in the files' order
     """
+
+    def read(path: Path) -> Tensor | str:
+        try:
+            return _read(path, size_px)
+        except ImageDecodeError as error:
+            return str(error)
+        except OSError as error:
+            return f"unreadable: {error.strerror}"
+
     paths: list[Path] = []
     images: list[Tensor] = []
-    for path in files:
-        try:
-            image = _read(path, size_px)
-        except ImageDecodeError as error:
-            on_bad(path, str(error))
-            continue
-        except OSError as error:
-            on_bad(path, f"unreadable: {error.strerror}")
-            continue
-        paths.append(path)
-        images.append(image)
-        if len(paths) == batch_size:
-            yield paths, torch.stack(images)
-            paths, images = [], []
+    workers = os.cpu_count() or 1
+    with ThreadPoolExecutor(workers) as pool:
+        found = map_in_order(read, files, pool, JOBS_PER_WORKER * workers)
+        for path, image in zip(files, found, strict=True):
+            if isinstance(image, str):
+                on_bad(path, image)
+                continue
+            paths.append(path)
+            images.append(image)
+            if len(paths) == batch_size:
+                yield paths, torch.stack(images)
+                paths, images = [], []
     if paths:
         yield paths, torch.stack(images)
 
