@@ -18,7 +18,15 @@ from typing import Annotated, Any, Literal
 import typer
 from typer.core import TyperGroup
 
-from openblip import __version__, cli_bench, cli_evaluate, cli_export, cli_stages, cli_vqa
+from openblip import (
+    __version__,
+    cli_bench,
+    cli_caption,
+    cli_evaluate,
+    cli_export,
+    cli_stages,
+    cli_vqa,
+)
 from openblip.captions import DEFAULT_PROMPT
 from openblip.cli_options import AsJson, Data, DtypeOption, ModelArgument, ModelOption, Prompt
 from openblip.cli_output import answer, conversion_text, say, table
@@ -26,7 +34,7 @@ from openblip.data.samples import Sample
 from openblip.data.sinks import write_json_atomically
 from openblip.data.sources import list_shards, read_samples
 
-EXIT_FAILED_IMAGES, EXIT_USER_ERROR, EXIT_INTERRUPTED = 1, 2, 130
+EXIT_USER_ERROR, EXIT_INTERRUPTED = 2, 130
 
 
 class _Commands(TyperGroup):
@@ -72,6 +80,7 @@ app.command()(cli_stages.bootstrap)
 app.command()(cli_stages.pretrain)
 app.command()(cli_evaluate.classify)
 app.command()(cli_bench.bench)
+app.command()(cli_caption.caption)
 app.add_typer(cli_stages.finetune_app, name="finetune")
 app.add_typer(cli_stages.capfilt_app, name="capfilt")
 app.add_typer(evaluate_app, name="evaluate")
@@ -167,80 +176,6 @@ def evaluate_captioning(
     rows = [[name, f"{value:.4f}"] for name, value in scores.items()]
     text = table([*rows, ["images", str(len(samples))]])
     answer(report.to_json(), text, as_json=as_json)
-
-
-@app.command()
-def caption(
-    paths: Annotated[
-        list[Path], typer.Argument(metavar="PATHS", help="Image files, and folders of them.")
-    ],
-    model: ModelOption,
-    prompt: Prompt = DEFAULT_PROMPT,
-    method: Annotated[
-        Literal["greedy", "beam", "nucleus"], typer.Option(help="How captions are decoded.")
-    ] = "beam",
-    num_beams: Annotated[int, typer.Option(min=1, help="Beams of the method beam.")] = 3,
-    top_p: Annotated[float, typer.Option(help="Mass that the method nucleus draws from.")] = 0.9,
-    num_captions: Annotated[int, typer.Option("--captions", min=1, help="Per image.")] = 1,
-    min_tokens: Annotated[int, typer.Option(help="Of a caption, without the prompt.")] = 5,
-    max_tokens: Annotated[int, typer.Option(help="Of a caption, without the prompt.")] = 20,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images that are decoded together.")] = 16,
-    seed: Annotated[int, typer.Option(help="Of nucleus, together with the file's name.")] = 42,
-    dtype: DtypeOption = "auto",
-    is_strict: Annotated[
-        bool, typer.Option("--strict", help="Exit with 1 if a file could not be captioned.")
-    ] = False,
-    as_json: AsJson = False,
-) -> None:
-    """Write captions for images.
-
-    Prints a line with path, tab and caption for each. Folders are read with all that is in them.
-    A file that is no image, or is damaged, is named on stderr with the reason, and the others are
-    captioned all the same.
-    """
-    from openblip.data.batches import stable_id
-    from openblip.data.files import list_files, read_batches
-    from openblip.generation import Decoding
-    from openblip.hub import load_engine
-    from openblip.training.log import ProgressLine
-
-    decoding = Decoding(
-        method=method, num_beams=num_beams, top_p=top_p, min_tokens=min_tokens,
-        max_tokens=max_tokens,
-    )  # fmt: skip
-    images: list[dict[str, Any]] = []
-    failed: list[dict[str, str]] = []
-
-    def on_bad(path: Path, reason: str) -> None:
-        failed.append({"path": str(path), "reason": reason})
-        say(f"not captioned: {path}: {reason}")
-
-    files = list_files(paths, on_bad=on_bad)
-    engine = load_engine(model, dtype=dtype)
-    batches = read_batches(files, engine.image_size_px, batch_size, on_bad=on_bad)
-    with ProgressLine("captions", len(files), unit="files") as progress:
-        for names, batch in batches:
-            written = engine.caption(
-                batch, prompt=prompt, decoding=decoding,
-                seeds=[stable_id(f"{seed}/{path.name!a}") for path in names],
-                captions_per_image=num_captions,
-            )  # fmt: skip
-            for path, several in zip(names, written, strict=True):
-                captions = [
-                    {"text": one.text, "mean_log_probability": one.mean_log_probability}
-                    for one in several
-                ]
-                images.append({"path": str(path), "captions": captions})
-                if not as_json:
-                    for one in several:
-                        print(f"{path}\t{one.text}", flush=True)
-            progress.advance(len(images) + len(failed) - progress.done)
-    if failed:
-        say(f"{len(failed)} of {len(files)} files were not captioned")
-    if as_json:
-        answer({"images": images, "failed": failed}, "", as_json=True)
-    if failed and is_strict:
-        raise typer.Exit(EXIT_FAILED_IMAGES)
 
 
 @app.command()

@@ -12,15 +12,16 @@ PACKAGE = Path(__file__).resolve().parent.parent / "openblip"
 # The longest prefix that fits decides.
 LAYERS = {
     0: ["config", "captions", "data.samples", "data.sources", "data.sinks", "data.tar",
-        "data.caption_files", "data.remote", "data.rows", "data.shards", "data.tables"],
+        "data.caption_files", "data.caption_rows", "data.remote", "data.rows", "data.shards",
+        "data.tables"],
     1: ["tokenizer", "images", "augment", "models", "losses", "generation", "kernels"],
     2: ["data", "training", "page", "page_charts", "checkpoint", "convert", "hub", "inference",
         "answering", "backend", "batching", "results", "onnx_backend", "onnx_export", "onnx_parts",
         "convert_official", "convert_transformers", "convert_vocabulary", "convert_weights"],
     3: ["evaluation", "search", "explain", "bench", "bench_peer", "bench_chart"],
     4: ["pretrain", "finetune", "capfilt", "quickstart"],
-    5: ["cli", "cli_bench", "cli_evaluate", "cli_export", "cli_options", "cli_output",
-        "cli_stages", "cli_vqa", "serve", "__main__"],
+    5: ["cli", "cli_bench", "cli_caption", "cli_evaluate", "cli_export", "cli_options",
+        "cli_output", "cli_stages", "cli_vqa", "serve", "__main__"],
 }  # fmt: skip
 LAYER_OF = {prefix: layer for layer, prefixes in LAYERS.items() for prefix in prefixes}
 CALL_OTHER_STAGES = {"capfilt.bootstrap", "quickstart"}

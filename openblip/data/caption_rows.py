@@ -1,0 +1,176 @@
+"""Captions of a user's files, on their way into one file; a run that was stopped goes on.
+
+Until all is done they stand beside it, in `.NAME.partial`: a line of settings, then a line of JSON
+for every batch. A line that was cut off is a batch that is done again.
+"""
+
+import csv
+import io
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from openblip.data.sinks import write_bytes_atomically
+
+KINDS = (".jsonl", ".csv", ".parquet")
+ROWS_PER_GROUP = 10_000
+SCHEMA = pa.schema(
+    [
+        ("path", pa.string()),
+        ("captions", pa.list_(pa.string())),
+        ("mean_log_probabilities", pa.list_(pa.float64())),
+    ]
+)
+
+Row = Mapping[str, Any]
+"""`path` with `captions`, each a `text` with its `mean_log_probability`, or with an `error`."""
+
+
+class CaptionRows:
+    """The rows of a file `target`: .jsonl, .csv (a row per caption) or .parquet.
+
+    What could not be captioned stands in a JSONL file as a row with `error`, and beside the other
+    kinds in `NAME.failed.jsonl`.
+    num_done  rows that an earlier run has written
+    skipped   paths that the first run left out
+    """
+
+    def __init__(self, target: Path, settings: Mapping[str, Any], skipped: Sequence[str]) -> None:
+        """Start, or go on with what is there.
+
+        Raises ValueError for another ending, if `target` exists, and if an earlier run had other
+        settings.
+        """
+        if target.suffix not in KINDS:
+            raise ValueError(f"{target}: the name must end in {', '.join(KINDS)}")
+        if target.exists():
+            raise ValueError(f"{target} exists: remove it, or choose another name")
+        self._target, self._partial = target, target.with_name(f".{target.name}.partial")
+        self.num_done, self.skipped = 0, list(skipped)
+        if self._partial.exists():
+            self._go_on(settings)
+        else:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            head = {"settings": dict(settings), "skipped": self.skipped}
+            write_bytes_atomically(self._partial, _line(head))
+
+    def append(self, rows: Sequence[Row]) -> None:
+        """Write a batch to disk."""
+        with self._partial.open("ab") as file:
+            file.write(_line(list(rows)))
+            file.flush()
+            os.fsync(file.fileno())
+
+    def finish(self) -> None:
+        """Write the file; it appears whole, and what stood beside it goes."""
+        if self._target.suffix != ".jsonl":
+            failed = [row for row in self._rows() if "error" in row]
+            if failed:
+                name = self._target.with_name(f"{self._target.name}.failed.jsonl")
+                write_bytes_atomically(name, b"".join(map(_line, failed)))
+        temporary = self._target.with_name(f".{self._target.name}.{os.getpid()}.tmp")
+        try:
+            match self._target.suffix:
+                case ".jsonl":
+                    with temporary.open("wb") as file:
+                        file.writelines(map(_line, self._rows()))
+                case ".csv":
+                    self._write_csv(temporary)
+                case _:
+                    self._write_parquet(temporary)
+            temporary.replace(self._target)
+        finally:
+            temporary.unlink(missing_ok=True)
+        self._partial.unlink()
+
+    def _go_on(self, settings: Mapping[str, Any]) -> None:
+        with self._partial.open("rb+") as file:
+            head = json.loads(file.readline())
+            theirs = head["settings"]
+            names = sorted(settings.keys() | theirs.keys())
+            wanted = json.loads(json.dumps(settings))
+            if other := [name for name in names if wanted.get(name) != theirs.get(name)]:
+                told = ", ".join(f"{n} {theirs.get(n)!r}, now {wanted.get(n)!r}" for n in other)
+                raise ValueError(
+                    f"{self._partial} was begun with other settings: {told}. Take those, or remove "
+                    "it to begin anew"
+                )
+            self.skipped = head["skipped"]
+            end = file.tell()
+            for line in file:
+                if not line.endswith(b"\n"):
+                    break
+                self.num_done += len(json.loads(line))
+                end += len(line)
+            file.truncate(end)
+
+    def _rows(self) -> Iterator[Row]:
+        with self._partial.open("rb") as file:
+            file.readline()
+            for line in file:
+                yield from json.loads(line)
+
+    def _write_csv(self, path: Path) -> None:
+        with path.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["path", "caption", "mean_log_probability"])
+            for row in self._rows():
+                for one in row.get("captions", ()):
+                    writer.writerow([row["path"], one["text"], one["mean_log_probability"]])
+
+    def _write_parquet(self, path: Path) -> None:
+        with pq.ParquetWriter(path, SCHEMA) as writer:
+            group: list[dict[str, Any]] = []
+            for row in self._rows():
+                if "error" in row:
+                    continue
+                group.append(
+                    {
+                        "path": row["path"],
+                        "captions": [one["text"] for one in row["captions"]],
+                        "mean_log_probabilities": [
+                            one["mean_log_probability"] for one in row["captions"]
+                        ],
+                    }
+                )
+                if len(group) == ROWS_PER_GROUP:
+                    writer.write_table(pa.Table.from_pylist(group, SCHEMA))
+                    group = []
+            if group:
+                writer.write_table(pa.Table.from_pylist(group, SCHEMA))
+
+
+def sidecar_of(image: Path) -> Path:
+    """Return where the captions beside an image stand: kohya's `.txt` of the same name."""
+    return image.with_suffix(".txt")
+
+
+def write_sidecar(image: Path, captions: Sequence[str]) -> None:
+    """Write captions beside an image, one a line."""
+    write_bytes_atomically(sidecar_of(image), ("\n".join(captions) + "\n").encode())
+
+
+def without_sidecars(files: Sequence[Path]) -> list[Path]:
+    """Return files without the `.txt` that stand beside others of the same name."""
+    stems = {path.with_suffix("") for path in files if path.suffix != ".txt"}
+    return [path for path in files if path.suffix != ".txt" or path.with_suffix("") not in stems]
+
+
+def check_sidecars_differ(files: Sequence[Path]) -> None:
+    """Raise ValueError naming two files whose captions would stand in one `.txt`."""
+    seen: dict[Path, Path] = {}
+    for path in files:
+        other = seen.setdefault(sidecar_of(path), path)
+        if other != path:
+            raise ValueError(f"{other} and {path} would share {sidecar_of(path)}: rename one")
+
+
+def _line(value: object) -> bytes:
+    buffer = io.StringIO()
+    json.dump(value, buffer, ensure_ascii=True)
+    return buffer.getvalue().encode() + b"\n"
