@@ -78,7 +78,7 @@ class TorchBackend:
 
     @property
     def temperature(self) -> float:
-        return float(self.blip.temperature)
+        return self.blip.temperature.item()
 
     @torch.no_grad()
     def encode_images(self, images: Tensor) -> Tensor:
