@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from openblip.batching import read_image
 from openblip.checkpoint import load_checkpoint
 from openblip.config import load_recipe
 from openblip.data.samples import Sample
@@ -32,14 +33,7 @@ from openblip.data.sources import list_shards, read_samples
 from openblip.data.world import trained_scenes
 from openblip.data.world_edits import EditsConfig, draw_edits
 from openblip.finetune.reconstruction import ReconstructionRun, run_reconstruction
-from openblip.inference import (
-    batched,
-    embed_images,
-    embed_texts,
-    read_image,
-    refine_images,
-    tokenize,
-)
+from openblip.inference import Engine, tokenize
 from openblip.losses import reconstruction_errors
 from openblip.models.blip import Blip
 from openblip.models.reconstruction import draw_visible, is_hidden
@@ -147,16 +141,11 @@ def measure_composed(
     answers = [i for i, sample in enumerate(samples) if sample.meta["query"]]
     originals = [_original(samples, i) for i in answers]
     texts = [str(samples[i].meta["query"]) for i in answers]
-    pictures = embed_images(blip, images)
+    engine = Engine.plain(blip, tokenizer)
+    pictures = engine.embed_images(images)
     image_only = pictures[originals]
-    text_only = embed_texts(blip, tokenize(tokenizer, texts))
-    starts = range(0, len(answers), 64)
-    refined = torch.cat(
-        [
-            refine_images(blip, tokenizer, batch, texts[start : start + 64])
-            for start, batch in zip(starts, batched(images[originals], 64), strict=True)
-        ]
-    )
+    text_only = engine.embed_texts(texts)
+    refined = engine.refine(list(images[originals]), texts)
 
     def recall(queries: Tensor) -> float:
         scores = queries @ pictures.T
