@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from openblip.batching import bytes_of
 from openblip.bench import decoding_of, random_model
 from openblip.data.caption_rows import CaptionRows
 from openblip.data.files import list_files, read_batches
@@ -26,16 +27,12 @@ from openblip.generation import Decoding
 from openblip.hub import load
 from openblip.inference import Engine
 
+STATUS = Path("/proc/self/status")
+
 
 def refuse(path: Path, reason: str) -> None:
     """Stop at a file that is no image: rates are of images."""
     raise ValueError(f"{path}: {reason}")
-
-
-def resident_bytes() -> int:
-    """Return the memory of this process."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith("VmRSS:")).split()[1]) * 1024
 
 
 def main() -> None:
@@ -85,7 +82,7 @@ def main() -> None:
                 engine.caption(batch, decoding=decoding)
             alone.append(len(chunk) / (time.perf_counter() - begun))
             del batches
-            memory.append(resident_bytes())
+            memory.append(bytes_of("VmRSS", STATUS))
         rows.finish()
     shares = [a / b for a, b in zip(whole, alone, strict=True)]
     places = [round(i * (len(memory) - 1) / 10) for i in range(11)]

@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from openblip.batching import bytes_of
 from openblip.data.batches import ImageTextBatch
 from openblip.models.blip import Blip, BlipConfig
 from openblip.models.text import MedConfig, SpecialTokens
@@ -205,9 +206,7 @@ def _peak_here(side: Side, batch_size: int, precision: str) -> int:
 
 def _most_resident_bytes() -> int:
     """Read Linux's own count: getrusage's begins with the parent's."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    [line] = [line for line in lines if line.startswith("VmHWM")]
-    return 1024 * int(line.split()[1])
+    return bytes_of("VmHWM", Path("/proc/self/status"))
 
 
 def measure(batch_size: int, precision: str, rounds: int) -> Row:

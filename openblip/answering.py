@@ -11,10 +11,8 @@ from openblip.generation import Decoding, generate
 from openblip.losses import text_losses
 from openblip.models.context import Context
 from openblip.models.vqa import Vqa
-from openblip.tokenizer import TokenBatch, Tokenizer
+from openblip.tokenizer import MAX_TEXT_TOKENS, TokenBatch, Tokenizer
 
-MAX_QUESTION_TOKENS = 35
-"""Tokens of a question, [CLS] and [SEP] included (BLIP's recipes)."""
 MAX_ANSWER_TOKENS = 40
 """Tokens of an answer that can be chosen, [DEC] and [SEP] included."""
 RANKED_ROWS = 1024
@@ -67,7 +65,7 @@ def encode_questions(
     if not owners:
         raise ValueError("no question to answer")
     texts = [clean_question(text) for several in questions for text in several]
-    tokens = tokenizer.encode_batch(texts, max_tokens=MAX_QUESTION_TOKENS)
+    tokens = tokenizer.encode_batch(texts, max_tokens=MAX_TEXT_TOKENS)
     token_ids, text_mask = tokens.token_ids.to(vqa.device), tokens.text_mask.to(vqa.device)
     context = vqa.project_image(vqa.encode_image(images.to(vqa.device)))
     rows = torch.tensor(owners, device=vqa.device)

@@ -4,9 +4,7 @@ Letters: I images, S image side in pixels, N patches, D width.
 """
 
 import logging
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
@@ -16,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from openblip.backend import Backend
-from openblip.data.prefetch import JOBS_PER_WORKER, map_in_order
+from openblip.data.prefetch import map_beside
 from openblip.images import decode_image, eval_transform
 from openblip.models.context import Context
 from openblip.models.text import MedConfig
@@ -95,16 +93,14 @@ class Batcher:
             if len(images):
                 yield images
             return
-        workers = max(1, os.cpu_count() or 1)
-        with ThreadPoolExecutor(workers) as pool:
-            batch: list[Tensor] = []
-            for image in map_in_order(self.prepare, images, pool, JOBS_PER_WORKER * workers):
-                batch.append(image)
-                if len(batch) == self.batch_size:
-                    yield torch.stack(batch)
-                    batch = []
-            if batch:
+        batch: list[Tensor] = []
+        for image in map_beside(self.prepare, images):
+            batch.append(image)
+            if len(batch) == self.batch_size:
                 yield torch.stack(batch)
+                batch = []
+        if batch:
+            yield torch.stack(batch)
 
     def halving(self, batch: H, work: Callable[[H], list[T]]) -> list[T]:
         """Do the work on a batch, in halves where the memory does not suffice."""
@@ -140,10 +136,14 @@ def free_bytes(device: torch.device) -> int:
         return int(torch.cuda.mem_get_info(device)[0])
     info = Path("/proc/meminfo")
     if device.type == "cpu" and info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
+        return bytes_of("MemAvailable", info)
     return 2 << 30
+
+
+def bytes_of(field: str, file: Path) -> int:
+    """Return what a file of /proc says of a field, in bytes."""
+    lines = file.read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(f"{field}:")).split()[1]) * 1024
 
 
 def is_out_of_memory(error: BaseException) -> bool:

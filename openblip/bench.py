@@ -3,7 +3,6 @@
 Letters: B images, L tokens, R texts.
 """
 
-import itertools
 import math
 import statistics
 import time
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from openblip.batching import Encoded
+from openblip.batching import Encoded, bytes_of
 from openblip.generation import Decoding
 from openblip.inference import Engine
 from openblip.kernels import Int8Linear, PackedLinear, Precision, is_default_library_slow, is_x86
@@ -246,12 +245,7 @@ def decoder_bytes(config: MedConfig, precision: Precision) -> int:
     return weights * {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}[precision]
 
 
-def matrix_peak(precision: Precision, rows: int, width: int = 768) -> float:
-    """Return the best rate of products (rows, width) x (width, 4 width), in operations a second."""
-    return max(product_rates(precision, rows, width).values())
-
-
-def product_rates(precision: Precision, rows: int, width: int = 768) -> dict[str, float]:
+def product_rates(precision: Precision, rows: int, width: int) -> dict[str, float]:
     """Return operations a second of products (rows, width) x (width, 4 width), by their kernel."""
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
     states = torch.randn(rows, width, generator=_generator()).to(dtype)
@@ -288,8 +282,8 @@ def copy_bandwidth() -> float:
 
 def step_seconds(engine: Engine) -> float:
     """Return seconds of a decoding step for one image, greedy: the slope over the length."""
-    encoded = engine.encode(random_images(1, engine.image_size_px))
-    assert encoded.context is not None  # made before a time is taken
+    states = engine.encode(random_images(1, engine.image_size_px)).states
+    encoded = Encoded(states, engine.backend, engine.backend.project_context(states))
 
     def seconds(tokens: int) -> float:
         decoding = Decoding(method="greedy", min_tokens=tokens, max_tokens=tokens)
@@ -359,9 +353,4 @@ def _reset_peak() -> None:
 
 def _peak_bytes() -> int | None:
     status = Path("/proc/self/status")
-    if not status.exists():
-        return None
-    [line] = itertools.islice(
-        (line for line in status.read_text().splitlines() if line.startswith("VmHWM:")), 1
-    )
-    return int(line.split()[1]) * 1024
+    return bytes_of("VmHWM", status) if status.exists() else None

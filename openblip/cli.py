@@ -192,7 +192,8 @@ def match(
     """
     from openblip.data.files import prepare_image
     from openblip.hub import load_engine
-    from openblip.inference import MAX_TEXT_TOKENS, tokenize
+    from openblip.inference import tokenize
+    from openblip.tokenizer import MAX_TEXT_TOKENS
 
     data = image.read_bytes()
     engine = load_engine(model, dtype=dtype)

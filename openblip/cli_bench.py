@@ -106,6 +106,11 @@ def _measure(
         check_equal(Engine(blip, tokenizer, dtype="float32"), peer)
     rows: list[Row] = []
     limits: dict[str, Any] = {}
+    vision = blip.config.vision
+    rates = {
+        name: measures.product_rates(name, 1 + vision.num_patches, vision.width)
+        for name in _precisions(None, None)
+    }
     with ProgressLine("bench", None, unit="works") as progress:
         for precision in precisions:
             engine = Engine(blip, tokenizer, dtype=precision, batch_size=8)
@@ -122,9 +127,8 @@ def _measure(
             ):
                 rows.append(row)
                 progress.advance(1)
-            limits[precision] = _limits(engine, rows)
+            limits[precision] = _limits(engine, rows, max(rates[precision].values()))
             del engine, works
-    rates = {name: measures.product_rates(name, 577) for name in _precisions(None, None)}
     lines = measures.advice(rates, best_precision(blip.device))
     result = {
         "model": model or f"random {size}, {image_size} px",
@@ -147,8 +151,11 @@ def _precisions(names: Sequence[str] | None, against: str | None) -> "list[Preci
     return [name for name in known if name in names]
 
 
-def _limits(engine: "Engine", rows: "Sequence[Row]") -> dict[str, float]:
-    """Return how near the image encoder and the decoder come to what the machine can do."""
+def _limits(engine: "Engine", rows: "Sequence[Row]", peak: float) -> dict[str, float]:
+    """Return how near the image encoder and the decoder come to what the machine can do.
+
+    peak  the best rate of an image's products
+    """
     import io
 
     from PIL import Image
@@ -158,8 +165,6 @@ def _limits(engine: "Engine", rows: "Sequence[Row]") -> dict[str, float]:
     precision, config = engine.precision, engine.backend.config
     buffer = io.BytesIO()
     Image.effect_noise((500, 375), 60).convert("RGB").save(buffer, "JPEG")
-    positions = 1 + config.vision.num_patches
-    peak = measures.matrix_peak(precision, positions, config.vision.width)
     limits = {
         "first_caption_s": measures.first_caption_seconds(engine, buffer.getvalue()),
         "matrix_peak_per_s": peak,

@@ -34,10 +34,8 @@ from openblip.kernels import Precision, best_precision, prepare
 from openblip.models.blip import Blip
 from openblip.models.vqa import Vqa
 from openblip.results import Judgement, LabelGuess, Labels, WrittenCaption
-from openblip.tokenizer import TokenBatch, Tokenizer
+from openblip.tokenizer import MAX_TEXT_TOKENS, TokenBatch, Tokenizer
 
-MAX_TEXT_TOKENS = 35
-"""Tokens of a text that is compared or judged, [CLS] and [SEP] included (BLIP's recipes)."""
 DEFAULT_TEMPLATES = (
     "a picture of {}",
     "a picture of a {}",
@@ -203,9 +201,7 @@ class Engine:
             return self.backend.embed_states(images.states).cpu()
         rows: list[Tensor] = []
         for pixels in self._batcher.prepared(images):
-            rows += self._batcher.halving(
-                pixels, lambda part: list(self.backend.embed_images(part).cpu())
-            )
+            rows += self._batcher.halving(pixels, self._embedded)
         return torch.stack(rows) if rows else torch.zeros(0, self._embedding_width)
 
     def embed_texts(self, texts: Sequence[str] | TokenBatch) -> Tensor:

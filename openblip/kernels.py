@@ -145,11 +145,11 @@ def prepare(model: M, precision: Precision, *, prepack: bool = True) -> M:
         raise ValueError(f"int8 needs an x86 processor, the model is on {device}: take bfloat16")
     if precision == "float16" and device.type == "cpu":
         raise ValueError("float16 is for GPUs; on a processor take bfloat16 or float32")
-    shared = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
-    prepared = copy.deepcopy(model, shared).eval()
     if precision in {"bfloat16", "float16"}:
-        # The tensors are the model's own: what is converted must be new.
-        prepared = copy.deepcopy(prepared).to(getattr(torch, precision))
+        prepared = copy.deepcopy(model).eval().to(getattr(torch, precision))
+    else:
+        shared = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
+        prepared = copy.deepcopy(model, shared).eval()
     is_int8 = precision == "int8"
     if is_int8 or (prepack and device.type == "cpu" and is_x86()):
         _replace(prepared, Int8Linear if is_int8 else PackedLinear)

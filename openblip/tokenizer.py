@@ -16,6 +16,8 @@ from torch import Tensor
 from openblip.data.sinks import write_bytes_atomically
 from openblip.models.text import SpecialTokens
 
+MAX_TEXT_TOKENS = 35
+"""Of a text that is compared, judged or asked, [CLS] and [SEP] included (BLIP's recipes)."""
 BASE_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 BLIP_TOKENS = ("[DEC]", "[ENC]")
 

@@ -5,13 +5,12 @@ Letters: B images, S image side in pixels.
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from openblip.data.prefetch import JOBS_PER_WORKER, map_in_order
+from openblip.data.prefetch import map_beside
 from openblip.images import ImageDecodeError, decode_image, eval_transform
 
 MAX_FILE_BYTES = 1 << 30
@@ -66,18 +65,15 @@ def read_batches(
 
     paths: list[Path] = []
     images: list[Tensor] = []
-    workers = os.cpu_count() or 1
-    with ThreadPoolExecutor(workers) as pool:
-        found = map_in_order(read, files, pool, JOBS_PER_WORKER * workers)
-        for path, image in zip(files, found, strict=True):
-            if isinstance(image, str):
-                on_bad(path, image)
-                continue
-            paths.append(path)
-            images.append(image)
-            if len(paths) == batch_size:
-                yield paths, torch.stack(images)
-                paths, images = [], []
+    for path, image in zip(files, map_beside(read, files), strict=True):
+        if isinstance(image, str):
+            on_bad(path, image)
+            continue
+        paths.append(path)
+        images.append(image)
+        if len(paths) == batch_size:
+            yield paths, torch.stack(images)
+            paths, images = [], []
     if paths:
         yield paths, torch.stack(images)
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import os
 import queue
 import threading
 from collections import deque
@@ -13,6 +14,8 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 JOBS_PER_WORKER = 2
+MOST_WORKERS = 8
+"""Threads that read beside one model: more would only hold more images."""
 ITEMS_PER_JOB = 8
 """A small image is decoded faster than a thread is woken."""
 
@@ -76,3 +79,10 @@ def map_in_order(
             yield from jobs.popleft().result()
     while jobs:
         yield from jobs.popleft().result()
+
+
+def map_beside(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+    """Yield the results in the order of the items, from threads that work ahead of their use."""
+    workers = min(os.cpu_count() or 1, MOST_WORKERS)
+    with ThreadPoolExecutor(workers) as pool:
+        yield from map_in_order(work, items, pool, JOBS_PER_WORKER * workers)

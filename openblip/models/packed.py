@@ -25,7 +25,7 @@ class PackedTexts:
 
     token_ids, position_ids  (T,)
     groups         of texts of one length: first token, number of texts, their length
-    firsts         (R,) places of the first tokens
+    lengths        (R,) numbers of tokens, growing
     owners         (R,) number of each text's image
     order          (R,) place of each text in the list that was packed
     """
@@ -33,7 +33,7 @@ class PackedTexts:
     token_ids: Tensor
     position_ids: Tensor
     groups: tuple[tuple[int, int, int], ...]
-    firsts: Tensor
+    lengths: Tensor
     owners: Tensor
     order: Tensor
 
@@ -48,8 +48,7 @@ class PackedTexts:
         lengths, order = text_mask.sum(dim=1).sort(stable=True)
         mask = text_mask[order].bool()
         packed = token_ids[order][mask]
-        firsts = lengths.cumsum(0) - lengths
-        packed[firsts] = first_token
+        packed[_starts(lengths)] = first_token
         positions = torch.arange(token_ids.shape[1], device=token_ids.device).expand_as(mask)[mask]
         groups, start = [], 0
         for length, count in zip(
@@ -58,20 +57,22 @@ class PackedTexts:
             groups.append((start, int(count), int(length)))
             start += int(count) * int(length)
         rows = torch.zeros(len(order), dtype=torch.long) if owners is None else torch.tensor(owners)
-        return cls(packed, positions, tuple(groups), firsts, rows.to(order.device)[order], order)
+        return cls(packed, positions, tuple(groups), lengths, rows.to(order.device)[order], order)
 
     @property
-    def lengths(self) -> Tensor:
-        """Numbers of tokens (R,), growing."""
-        return torch.cat([torch.full((count,), length) for _, count, length in self.groups]).to(
-            self.order.device
-        )
+    def firsts(self) -> Tensor:
+        """Places of the first tokens (R,)."""
+        return _starts(self.lengths)
 
     def unsorted(self, rows: Tensor) -> Tensor:
         """Return rows (R, ...) of the packed texts in the order of the list that was packed."""
         result = torch.empty_like(rows)
         result[self.order] = rows
         return result
+
+
+def _starts(lengths: Tensor) -> Tensor:
+    return lengths.cumsum(0) - lengths
 
 
 def encode_first(med: Med, texts: PackedTexts, context: Context | None) -> Tensor:
