@@ -57,7 +57,7 @@ def main() -> None:
     engine.caption(prepared, decoding=decoding)  # what is done once
     whole, alone, memory = [], [], []
     with tempfile.TemporaryDirectory() as folder:
-        rows = CaptionRows(Path(folder, "captions.jsonl"), {}, [])
+        rows = CaptionRows(Path(folder, "captions.jsonl"), {}, [], set())
         for start in range(0, arguments.images, arguments.chunk):
             chunk = list(itertools.islice(files, min(arguments.chunk, arguments.images - start)))
             begun = time.perf_counter()

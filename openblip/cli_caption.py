@@ -12,7 +12,7 @@ from openblip.data.caption_rows import (
     CaptionRows,
     check_sidecars_differ,
     sidecar_of,
-    without_sidecars,
+    without_leftovers,
     write_sidecar,
 )
 
@@ -78,27 +78,28 @@ def caption(
         new.append({"path": str(path), "error": reason})
         say(f"not captioned: {path}: {reason}")
 
-    files = without_sidecars(list_files(paths, on_bad=on_bad))
+    files = without_leftovers(list_files(paths, on_bad=on_bad))
     new.clear()  # a folder that cannot be opened is no row
     if has_sidecars:
         check_sidecars_differ(files)
-    skipped = [str(f) for f in files if skips_existing and sidecar_of(f).exists()]
+    skipped = [path for path in files if skips_existing and sidecar_of(path).exists()]
+    engine = load_engine(model, dtype=dtype)
     rows = None
     if out is not None:
         settings = {
-            "paths": [str(path) for path in paths], "model": model, "dtype": dtype,
+            "paths": [str(path) for path in paths], "model": model, "dtype": engine.precision,
             "decoding": decoding.to_json(), "prompt": prompt, "captions": num_captions,
             "seed": seed, "batch_size": batch_size, "sidecar": has_sidecars,
             "skip_existing": skips_existing,
         }  # fmt: skip
-        rows = CaptionRows(out, settings, skipped)
-        skipped = rows.skipped
-    left_out = set(skipped)
-    files = [path for path in files if str(path) not in left_out]
+        rows = CaptionRows(out, settings, files, set(skipped))
+        files, skipped = rows.files, rows.skipped
+    else:
+        left_out = set(skipped)
+        files = [path for path in files if path not in left_out]
     if skipped:
         say(f"{len(skipped)} files have captions beside them and are left out")
     num_done = 0 if rows is None else rows.num_done
-    engine = load_engine(model, dtype=dtype)
     batches = read_batches(files[num_done:], engine.image_size_px, batch_size, on_bad=on_bad)
     images: list[dict[str, Any]] = []
     try:
@@ -139,6 +140,10 @@ def caption(
         say(f"{len(failed)} of {len(files)} files were not captioned")
     if as_json:
         result = {"images": images} if out is None else {"file": str(out), "files": len(files)}
-        answer({**result, "failed": failed, "skipped": skipped}, "", as_json=True)
+        answer(
+            {**result, "failed": failed, "skipped": [str(path) for path in skipped]},
+            "",
+            as_json=True,
+        )
     if failed and is_strict:
         raise typer.Exit(EXIT_FAILED_IMAGES)

@@ -5,7 +5,7 @@ for every batch. A line that was cut off is a batch that is done again.
 """
 
 import csv
-import io
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from openblip.data.sinks import write_bytes_atomically
+from openblip.data.sinks import is_temporary, whole_file, write_bytes_atomically
 
 KINDS = (".jsonl", ".csv", ".parquet")
 ROWS_PER_GROUP = 10_000
@@ -37,27 +37,40 @@ class CaptionRows:
     What could not be captioned stands in a JSONL file as a row with `error`, and beside the other
     kinds in `NAME.failed.jsonl`.
     num_done  rows that an earlier run has written
+    files     paths that are captioned, in their order
     skipped   paths that the first run left out
     """
 
-    def __init__(self, target: Path, settings: Mapping[str, Any], skipped: Sequence[str]) -> None:
+    def __init__(
+        self, target: Path, settings: Mapping[str, Any], files: Sequence[Path], skipped: set[Path]
+    ) -> None:
         """Start, or go on with what is there.
 
+        files    all that was found; `target` and what stands beside it until then are left out
+        skipped  of them those that the first run leaves out; the runs that go on do as it did
         Raises ValueError for another ending, if `target` exists, and if an earlier run had other
-        settings.
+        settings or other files, or left something that is no beginning of one.
         """
         if target.suffix not in KINDS:
             raise ValueError(f"{target}: the name must end in {', '.join(KINDS)}")
         if target.exists():
             raise ValueError(f"{target} exists: remove it, or choose another name")
         self._target, self._partial = target, target.with_name(f".{target.name}.partial")
-        self.num_done, self.skipped = 0, list(skipped)
+        self._failed = target.with_name(f"{target.name}.failed.jsonl")
+        own = {path.resolve() for path in (self._partial, self._failed)}
+        found = [path for path in files if path.resolve() not in own]
+        names = "\n".join(repr(str(path)) for path in found)
+        told = {**settings, "files": hashlib.sha256(names.encode()).hexdigest()}
+        self.num_done, self.skipped = 0, [path for path in found if path in skipped]
         if self._partial.exists():
-            self._go_on(settings)
+            self._go_on(told, found)
         else:
             target.parent.mkdir(parents=True, exist_ok=True)
-            head = {"settings": dict(settings), "skipped": self.skipped}
+            places = [place for place, path in enumerate(found) if path in skipped]
+            head = {"settings": told, "skipped": places}
             write_bytes_atomically(self._partial, _line(head))
+        left_out = set(self.skipped)
+        self.files = [path for path in found if path not in left_out]
 
     def append(self, rows: Sequence[Row]) -> None:
         """Write a batch to disk."""
@@ -71,10 +84,8 @@ class CaptionRows:
         if self._target.suffix != ".jsonl":
             failed = [row for row in self._rows() if "error" in row]
             if failed:
-                name = self._target.with_name(f"{self._target.name}.failed.jsonl")
-                write_bytes_atomically(name, b"".join(map(_line, failed)))
-        temporary = self._target.with_name(f".{self._target.name}.{os.getpid()}.tmp")
-        try:
+                write_bytes_atomically(self._failed, b"".join(map(_line, failed)))
+        with whole_file(self._target) as temporary:
             match self._target.suffix:
                 case ".jsonl":
                     with temporary.open("wb") as file:
@@ -83,31 +94,41 @@ class CaptionRows:
                     self._write_csv(temporary)
                 case _:
                     self._write_parquet(temporary)
-            temporary.replace(self._target)
-        finally:
-            temporary.unlink(missing_ok=True)
         self._partial.unlink()
 
-    def _go_on(self, settings: Mapping[str, Any]) -> None:
-        with self._partial.open("rb+") as file:
-            head = json.loads(file.readline())
-            theirs = head["settings"]
-            names = sorted(settings.keys() | theirs.keys())
-            wanted = json.loads(json.dumps(settings))
-            if other := [name for name in names if wanted.get(name) != theirs.get(name)]:
-                told = ", ".join(f"{n} {theirs.get(n)!r}, now {wanted.get(n)!r}" for n in other)
-                raise ValueError(
-                    f"{self._partial} was begun with other settings: {told}. Take those, or remove "
-                    "it to begin anew"
-                )
-            self.skipped = head["skipped"]
-            end = file.tell()
-            for line in file:
-                if not line.endswith(b"\n"):
-                    break
-                self.num_done += len(json.loads(line))
-                end += len(line)
-            file.truncate(end)
+    def _go_on(self, settings: Mapping[str, Any], found: Sequence[Path]) -> None:
+        try:
+            with self._partial.open("rb+") as file:
+                head = json.loads(file.readline())
+                self._check_same(settings, head["settings"])
+                self.skipped = [found[place] for place in head["skipped"]]
+                end = file.tell()
+                for line in file:
+                    if not line.endswith(b"\n"):
+                        break
+                    self.num_done += len(json.loads(line))
+                    end += len(line)
+                file.truncate(end)
+        except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(
+                f"{self._partial} is damaged: {error!r}; remove it to begin anew"
+            ) from error
+
+    def _check_same(self, settings: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
+        wanted = json.loads(json.dumps(settings))
+        other = [n for n in sorted(wanted | theirs) if wanted.get(n) != theirs.get(n)]
+        if not other:
+            return
+        advice = f"remove {self._partial} to begin anew"
+        if other == ["files"]:
+            raise ValueError(
+                f"{self._partial} was begun with other files: some came or went since then. "
+                f"Put them back, or {advice}"
+            )
+        told = ", ".join(f"{n} {theirs.get(n)!r}, now {wanted.get(n)!r}" for n in other)
+        raise ValueError(
+            f"{self._partial} was begun with other settings: {told}. Take those, or {advice}"
+        )
 
     def _rows(self) -> Iterator[Row]:
         with self._partial.open("rb") as file:
@@ -155,10 +176,14 @@ def write_sidecar(image: Path, captions: Sequence[str]) -> None:
     write_bytes_atomically(sidecar_of(image), ("\n".join(captions) + "\n").encode())
 
 
-def without_sidecars(files: Sequence[Path]) -> list[Path]:
-    """Return files without the `.txt` that stand beside others of the same name."""
+def without_leftovers(files: Sequence[Path]) -> list[Path]:
+    """Return files without the `.txt` beside others of their name, and what a killed run left."""
     stems = {path.with_suffix("") for path in files if path.suffix != ".txt"}
-    return [path for path in files if path.suffix != ".txt" or path.with_suffix("") not in stems]
+    return [
+        path
+        for path in files
+        if not is_temporary(path) and (path.suffix != ".txt" or path.with_suffix("") not in stems)
+    ]
 
 
 def check_sidecars_differ(files: Sequence[Path]) -> None:
@@ -171,6 +196,4 @@ def check_sidecars_differ(files: Sequence[Path]) -> None:
 
 
 def _line(value: object) -> bytes:
-    buffer = io.StringIO()
-    json.dump(value, buffer, ensure_ascii=True)
-    return buffer.getvalue().encode() + b"\n"
+    return json.dumps(value).encode() + b"\n"

@@ -1,9 +1,11 @@
 """Writing: files that appear whole or not at all, and tar shards of samples."""
 
+import contextlib
 import io
 import json
 import os
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
@@ -12,17 +14,26 @@ from openblip.data.samples import Sample
 
 def write_bytes_atomically(path: str | Path, data: bytes) -> None:
     """Write a file under a temporary name, flush it to disk, and rename it."""
-    path = Path(path)
+    with whole_file(Path(path)) as temporary:
+        temporary.write_bytes(data)
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Give a temporary name to write a file to; on a clean exit it is on disk, and renamed."""
     temporary = _temporary(path)
     try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
+        yield temporary
+        with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
-    except BaseException:
+    finally:
         temporary.unlink(missing_ok=True)
-        raise
+
+
+def is_temporary(path: Path) -> bool:
+    """Say whether a name is one that a file has before it is whole, as a killed writer leaves."""
+    return path.name.startswith(".") and path.suffix == ".tmp"
 
 
 def write_json_atomically(path: str | Path, value: object) -> None:

@@ -88,6 +88,44 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(
     assert not partial.exists()
 
 
+def test_a_file_among_the_images_goes_on_as_well(
+    run, model: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a run itself wrote, or a killed one left, is no image; images that came are named."""
+    more = ("--sidecar", "--skip-existing", "--out")
+    (photos / "d.txt").write_text("mine\n")
+    assert run(*arguments(photos, model, *more, tmp_path / "whole.csv")).code == 0
+    for path in photos.glob("[!d].txt"):
+        path.unlink()
+    append, out = CaptionRows.append, photos / "a.csv"
+
+    def stop(rows: CaptionRows, batch: list) -> None:
+        append(rows, batch)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(CaptionRows, "append", stop)
+    assert run(*arguments(photos, model, *more, out)).code == cli.EXIT_INTERRUPTED
+    monkeypatch.setattr(CaptionRows, "append", append)
+    (photos / ".b.txt.77.tmp").write_text("a half")
+    (photos / "b2.jpg").write_bytes((photos / "b.jpg").read_bytes())
+    changed = run(*arguments(photos, model, *more, out))
+    assert changed.code == 2
+    assert "begun with other files" in changed.err
+    (photos / "b2.jpg").unlink()
+    assert run(*arguments(photos, model, *more, out)).code == 0
+    assert out.read_bytes() == (tmp_path / "whole.csv").read_bytes()
+    lost = [
+        rows_of(path.with_name(f"{path.name}.failed.jsonl"))
+        for path in (out, tmp_path / "whole.csv")
+    ]
+    assert lost[0] == lost[1]
+    assert (photos / "d.txt").read_text() == "mine\n"
+    (photos / ".o.jsonl.partial").write_text("")
+    damaged = run(*arguments(photos, model, "--out", photos / "o.jsonl"))
+    assert damaged.code == 2
+    assert ".o.jsonl.partial is damaged" in damaged.err
+
+
 def test_captions_beside_images(run, model: Path, photos: Path, tmp_path: Path) -> None:
     (photos / "a.txt").write_text("mine\n")
     result = run(*arguments(photos, model, "--sidecar", "--skip-existing", "--json"))
