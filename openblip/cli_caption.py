@@ -15,6 +15,7 @@ from openblip.data.caption_rows import (
     without_leftovers,
     write_sidecar,
 )
+from openblip.data.shards import checksum
 
 EXIT_FAILED_IMAGES = 1
 
@@ -63,7 +64,7 @@ def caption(
     from openblip.data.batches import stable_id
     from openblip.data.files import list_files, read_batches
     from openblip.generation import Decoding
-    from openblip.hub import load_engine
+    from openblip.hub import load_engine, resolve
     from openblip.training.log import ProgressLine
 
     decoding = Decoding(
@@ -87,7 +88,8 @@ def caption(
     rows = None
     if out is not None:
         settings = {
-            "paths": [str(path) for path in paths], "model": model, "dtype": engine.precision,
+            "paths": [str(path) for path in paths], "model": model,
+            "weights": checksum(resolve(model)), "dtype": engine.precision,
             "decoding": decoding.to_json(), "prompt": prompt, "captions": num_captions,
             "seed": seed, "batch_size": batch_size, "sidecar": has_sidecars,
             "skip_existing": skips_existing,

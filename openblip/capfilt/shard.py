@@ -9,7 +9,6 @@ A shard `x.tar` becomes, in the output folder,
 Another threshold needs `x.captions.jsonl` and the input images, and no model.
 """
 
-import hashlib
 import io
 import json
 import time
@@ -31,15 +30,13 @@ from openblip.captions import DEFAULT_PROMPT
 from openblip.config import Recipe
 from openblip.data.remote import RemoteAbsentError
 from openblip.data.samples import Caption, Sample
-from openblip.data.shards import Shard
+from openblip.data.shards import Shard, checksum
 from openblip.data.sinks import ShardWriter, write_bytes_atomically, write_json_atomically
 from openblip.data.sources import Address, read_samples
 from openblip.generation import Decoding
 from openblip.images import ImageDecodeError
 from openblip.kernels import Precision
 from openblip.training.log import ProgressLine
-
-_CHUNK_BYTES = 1 << 20
 
 
 class CapfiltRecipe(Recipe):
@@ -291,7 +288,7 @@ def _write(
     manifest = Manifest(
         shard=str(shard.absolute()),
         input_checksum=input_checksum,
-        output_checksum=_checksum(paths.tar),
+        output_checksum=checksum(paths.tar),
         captioner=captioner,
         filter=judge,
         settings=settings,
@@ -355,16 +352,4 @@ def _is_unchanged(shard: Shard, checksum: str) -> bool:
 
 def _checksum_of(shard: Shard) -> str:
     with shard.opened() as path:
-        return _checksum(path)
-
-
-def _checksum(path: Path) -> str:
-    """Hash a file, or the names and contents of all files of a folder."""
-    digest = hashlib.blake2b(digest_size=16)
-    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
-    for file in files:
-        digest.update(file.name.encode())
-        with file.open("rb") as stream:
-            while chunk := stream.read(_CHUNK_BYTES):
-                digest.update(chunk)
-    return digest.hexdigest()
+        return checksum(path)

@@ -5,6 +5,7 @@ WebDataset's users write them; `#name` behind an annotation file picks one of it
 """
 
 import contextlib
+import hashlib
 import itertools
 import re
 from collections.abc import Iterable, Iterator
@@ -14,6 +15,7 @@ from urllib.parse import quote, urlsplit
 
 from openblip.data.remote import is_remote, local_copy, read_remote
 
+_CHUNK_BYTES = 1 << 20
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 
@@ -116,6 +118,18 @@ def expanded(address: str) -> list[str]:
         end = braces.end()
     parts.append([address[end:]])
     return ["".join(choice) for choice in itertools.product(*parts)]
+
+
+def checksum(path: Path) -> str:
+    """Hash a file, or the names and contents of all files of a folder."""
+    digest = hashlib.blake2b(digest_size=16)
+    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    for file in files:
+        digest.update(file.name.encode())
+        with file.open("rb") as stream:
+            while chunk := stream.read(_CHUNK_BYTES):
+                digest.update(chunk)
+    return digest.hexdigest()
 
 
 def _choices(address: str, text: str) -> list[str]:

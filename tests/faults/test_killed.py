@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from openblip.data.sources import list_shards, read_samples
 from tests.faults.trainings import RECIPES, check_equal, children_of, num_logged, recipe_of, start
 
 pytestmark = pytest.mark.slow
@@ -79,3 +80,29 @@ def test_two_ranks_that_are_killed_end_as_two_that_were_not(
     os.kill(ranks[-1], signal.SIGKILL)
     assert process.wait() == 0
     check_equal(whole, killed)
+
+
+def test_a_killed_captioning_ends_as_one_that_was_not(
+    world: Path, base: Path, tmp_path: Path
+) -> None:
+    photos, killed, whole = tmp_path / "photos", tmp_path / "killed.csv", tmp_path / "whole.csv"
+    photos.mkdir()
+    for shard in list_shards(world / "web"):
+        for sample in read_samples(shard, on_bad=lambda key, reason: None):
+            (photos / f"{sample.key}.png").write_bytes(sample.image_bytes)
+    (photos / "broken.png").write_bytes(b"no image")
+    options = ("--model", str(base), "--method", "nucleus", "--batch-size", "1")
+    assert start("caption", photos, whole, 1, *options).wait() == 0
+    partial = tmp_path / ".killed.csv.partial"
+    for number in (3, 9, 20):
+        process = start("caption", photos, killed, 1, *options)
+        while not partial.exists() or partial.read_bytes().count(b"\n") < number:
+            assert process.poll() is None, "it ended before it could be killed"
+            time.sleep(0.001)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+        assert not killed.exists()
+    assert start("caption", photos, killed, 1, *options).wait() == 0
+    assert killed.read_bytes() == whole.read_bytes()
+    lost = [path.with_name(f"{path.name}.failed.jsonl").read_bytes() for path in (killed, whole)]
+    assert lost[0] == lost[1]
