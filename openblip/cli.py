@@ -21,6 +21,7 @@ from typer.core import TyperGroup
 from openblip import (
     __version__,
     cli_bench,
+    cli_capfilt,
     cli_caption,
     cli_evaluate,
     cli_export,
@@ -82,7 +83,7 @@ app.command()(cli_evaluate.classify)
 app.command()(cli_bench.bench)
 app.command()(cli_caption.caption)
 app.add_typer(cli_stages.finetune_app, name="finetune")
-app.add_typer(cli_stages.capfilt_app, name="capfilt")
+app.add_typer(cli_capfilt.capfilt_app, name="capfilt")
 app.add_typer(evaluate_app, name="evaluate")
 app.add_typer(cli_export.export_app, name="export")
 evaluate_app.command("classification")(cli_evaluate.evaluate_classification)
