@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from openblip.config import Recipe, dump_recipe
 from openblip.data.sinks import write_json_atomically
@@ -297,7 +298,19 @@ def model_id(model: Model) -> str:
     """Return a 16-digit hash of the weights, names and configuration."""
     digest = hashlib.blake2b(digest_size=8)
     digest.update(json.dumps(model.config.to_json(), sort_keys=True).encode())
-    for name, tensor in sorted(model.state_dict().items()):
+    _hash_weights(digest, model)
+    return digest.hexdigest()
+
+
+def image_encoder_id(blip: Blip) -> str:
+    """Return a 16-digit hash of the image encoder alone: models that share it encode alike."""
+    digest = hashlib.blake2b(digest_size=8)
+    digest.update(json.dumps(blip.config.to_json()["vision"], sort_keys=True).encode())
+    _hash_weights(digest, blip.vision)
+    return digest.hexdigest()
+
+
+def _hash_weights(digest: hashlib.blake2b, module: nn.Module) -> None:
+    for name, tensor in sorted(module.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()

@@ -7,7 +7,6 @@ a sentence on stderr; 130 for Ctrl-C. Any other error is ours and keeps its trac
 Imports of torch, and of what imports it, stand inside the commands: --help must not wait for it.
 """
 
-import errno
 import io
 import logging
 import sys
@@ -32,7 +31,7 @@ from openblip.captions import DEFAULT_PROMPT
 from openblip.cli_options import AsJson, Data, DtypeOption, ModelArgument, ModelOption, Prompt
 from openblip.cli_output import answer, conversion_text, say, table
 from openblip.data.samples import Sample
-from openblip.data.sinks import write_json_atomically
+from openblip.data.sinks import is_out_of_room, write_json_atomically
 from openblip.data.sources import list_shards, read_samples
 
 EXIT_USER_ERROR, EXIT_INTERRUPTED = 2, 130
@@ -50,7 +49,7 @@ class _Commands(TyperGroup):
         except (ValueError, FloatingPointError) as error:
             say(f"error: {error}")
         except OSError as error:
-            is_full = error.errno in {errno.ENOSPC, errno.EDQUOT}
+            is_full = is_out_of_room(error)
             if error.filename is None and not is_full:
                 raise
             where = "" if error.filename is None else f"{error.filename}: "

@@ -11,7 +11,7 @@ from openblip.capfilt.bootstrap import (
     EvaluationRecipe,
     bootstrap,
 )
-from openblip.capfilt.shard import CapfiltRecipe
+from openblip.capfilt.recipe import CapfiltRecipe
 from openblip.checkpoint import check_is_free
 from openblip.data.world import WorldConfig, draw_world
 from openblip.finetune.captioning import CaptioningRecipe
@@ -95,7 +95,7 @@ def quickstart_recipe(seed: int) -> BootstrapRecipe:
         ),
         capfilt=CapfiltRecipe(
             decoding=Decoding(method="nucleus", top_p=0.9, min_tokens=5, max_tokens=16),
-            prompt="",
+            prompts=("",),
             captions_per_image=2,
             batch_size=64,
             seed=seed,

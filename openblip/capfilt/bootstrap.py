@@ -24,16 +24,13 @@ from pydantic import Field
 
 from openblip.capfilt.bootstrap_report import write_bootstrap_report
 from openblip.capfilt.captioner import Captioner
-from openblip.capfilt.filter import Filter, KeepRule
+from openblip.capfilt.filter import Filter
+from openblip.capfilt.keep import KeepRule
+from openblip.capfilt.manifest import OutputPaths, manifests, read_judged
+from openblip.capfilt.models import Models
+from openblip.capfilt.recipe import CapfiltRecipe
 from openblip.capfilt.report import planted_truth
-from openblip.capfilt.shard import (
-    CapfiltRecipe,
-    OutputPaths,
-    manifests,
-    process_shard,
-    read_judged,
-    rethreshold_shard,
-)
+from openblip.capfilt.shard import process_shard, rethreshold_shard
 from openblip.captions import clean_caption
 from openblip.checkpoint import load_checkpoint, save_checkpoint, with_roles
 from openblip.config import Recipe, dump_recipe
@@ -217,15 +214,16 @@ class _Loop:
             captioner,
             self.tokenizer,
             recipe.decoding,
-            recipe.prompt,
+            recipe.prompts,
             recipe.captions_per_image,
             recipe.seed,
             recipe.dtype,
         )
         reader = Filter(judge, self.tokenizer, recipe.dtype)
+        models = Models((writer,), (reader,))
         with self._timed("capfilt"):
             for shard in list_shards(self.data.web):
-                process_shard(shard, self.out / "capfilt", writer, reader, recipe)
+                process_shard(shard, self.out / "capfilt", models, recipe)
 
     def _select(self, name: str, keep: KeepRule) -> Path:
         """Select anew from what CapFilt judged; return the folder of the selection."""

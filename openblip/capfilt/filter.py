@@ -1,99 +1,58 @@
-"""CapFilt's filter: which captions fit their image, and which are kept (BLIP sec. 3.3)."""
+"""CapFilt's filter: which captions fit their image (BLIP sec. 3.3)."""
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
-from pydantic import Field
-from torch import Tensor
-
-from openblip.captions import clean_caption
-from openblip.checkpoint import model_id
-from openblip.config import Recipe
-from openblip.data.samples import Caption, CaptionSource
+from openblip.batching import Images
+from openblip.checkpoint import image_encoder_id, model_id
 from openblip.inference import Dtype, Engine
 from openblip.models.blip import Blip
 from openblip.tokenizer import Tokenizer
-
-UNMATCHED = "unmatched"
-EMPTY = "empty"
-DUPLICATE = "duplicate"
-NOT_ASKED_FOR = "source_left_out"
-
-
-class KeepRule(Recipe):
-    """Which judged captions are for training; needs no model.
-
-    threshold  a caption is kept if its match probability is at least this; 0.5 is where the ITM
-               head says that the pair matches, 0 keeps all
-    sources    who may have written it
-    """
-
-    threshold: float = Field(0.5, ge=0, le=1)
-    sources: tuple[CaptionSource, ...] = ("web", "synthetic", "human")
-
-    def apply(self, captions: Sequence[Caption]) -> tuple[Caption, ...]:
-        """Return the judged captions of one image, in their order, with a reason where dropped.
-
-        Of captions that are equal once cleaned the first that is kept stays.
-        """
-        seen: set[str] = set()
-        result = []
-        for caption in captions:
-            text = clean_caption(caption.text)
-            assert caption.match_probability is not None
-            reason = None
-            if caption.source not in self.sources:
-                reason = NOT_ASKED_FOR
-            elif not text:
-                reason = EMPTY
-            elif caption.match_probability < self.threshold:
-                reason = UNMATCHED
-            elif text in seen:
-                reason = DUPLICATE
-            else:
-                seen.add(text)
-            result.append(replace(caption, drop_reason=reason))
-        return tuple(result)
 
 
 @dataclass(frozen=True)
 class Filter:
     """A model with the roles `text` and `pair`.
 
-    dtype  of the engine that runs the model
-    model  hash of the weights
+    dtype    of the engine that runs the model
+    model    hash of the weights
+    encoder  hash of the image encoder's weights, and their precision
     """
 
     blip: Blip
     tokenizer: Tokenizer
     dtype: Dtype = "float32"
     model: str = field(init=False)
+    encoder: str = field(init=False)
     engine: Engine = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "model", model_id(self.blip))
         engine = Engine(self.blip, self.tokenizer, dtype=self.dtype)
+        object.__setattr__(self, "model", model_id(self.blip))
+        object.__setattr__(self, "encoder", f"{image_encoder_id(self.blip)}/{engine.precision}")
         object.__setattr__(self, "engine", engine)
 
-    def judge(self, images: Tensor, captions: Sequence[Sequence[Caption]]) -> list[list[Caption]]:
-        """Give the captions of prepared images (B, 3, S, S) their match probability and cosine.
+    def similarities(self, images: Images, texts: Sequence[Sequence[str]]) -> list[list[float]]:
+        """Return the ITC cosines of the texts of each image.
+
+        Raises FloatingPointError if the model has diverged.
+        """
+        image = self.engine.embed_images(images)
+        text = self.engine.embed_texts([one for several in texts for one in several])
+        owners = [place for place, several in enumerate(texts) for _ in several]
+        return self._finite(texts, (image[owners] * text).sum(dim=1).tolist())
+
+    def probabilities(self, images: Images, texts: Sequence[Sequence[str]]) -> list[list[float]]:
+        """Return the match probabilities of the texts of each image.
 
         Raises FloatingPointError if the model has diverged: NaN is neither kept nor dropped.
         """
-        texts = [[caption.text for caption in several] for several in captions]
-        judged = self.engine.match(images, texts)
-        if any(math.isnan(j.match_probability) for several in judged for j in several):
+        judged = self.engine.match_probabilities(images, texts)
+        return self._finite(texts, [float(p) for several in judged for p in several])
+
+    def _finite(self, texts: Sequence[Sequence[str]], values: list[float]) -> list[list[float]]:
+        if any(math.isnan(value) for value in values):
             raise FloatingPointError(f"the filter {self.model} gives NaN: its training diverged")
-        return [
-            [
-                replace(
-                    caption,
-                    match_probability=judgement.match_probability,
-                    similarity=judgement.similarity,
-                    filter_model=self.model,
-                )
-                for caption, judgement in zip(several, judgements, strict=True)
-            ]
-            for several, judgements in zip(captions, judged, strict=True)
-        ]
+        rest = iter(values)
+        return [[next(rest) for _ in several] for several in texts]

@@ -10,8 +10,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from openblip.capfilt.keep import JudgedImage
+from openblip.capfilt.manifest import Manifest, OutputPaths, manifests, read_judged
 from openblip.capfilt.report_page import write_report_page
-from openblip.capfilt.shard import JudgedImage, Manifest, OutputPaths, manifests, read_judged
 from openblip.data.sinks import write_json_atomically
 from openblip.evaluation.metrics import roc_auc
 
@@ -119,10 +120,10 @@ def capfilt_report(folder: Path) -> dict[str, Any]:
                 "num_images_kept": tally.num_images_kept,
                 "bad": dict(sorted(manifest.bad.items())),
                 "captions": tally.captions(),
-                "seconds": manifest.seconds,
+                "seconds": manifest.seconds["total"],
             }
         )
-    seconds = sum(manifest.seconds for manifest in done.values())
+    seconds = sum(manifest.seconds["total"] for manifest in done.values())
     report: dict[str, Any] = {
         "num_shards": len(done),
         "num_images": total.num_images,

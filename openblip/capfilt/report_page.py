@@ -9,8 +9,8 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from openblip.capfilt.filter import UNMATCHED
-from openblip.capfilt.shard import JudgedImage, Manifest, OutputPaths, manifests, read_judged
+from openblip.capfilt.keep import UNMATCHED, JudgedImage
+from openblip.capfilt.manifest import Manifest, OutputPaths, manifests, read_judged
 from openblip.data.batches import stable_id
 from openblip.data.samples import Caption, CaptionSource
 from openblip.data.shards import Shard

@@ -1,355 +1,390 @@
-"""CapFilt on one shard: the unit of work, of retry and of resume.
+"""CapFilt on one shard, or a part of one: the unit of work, of retry and of resume.
 
-A shard `x.tar` becomes, in the output folder,
-
-    x.tar             images with their kept captions; an image that keeps none is not in it
-    x.captions.jsonl  every caption of every image, judged, with the reason if it was dropped
-    x.json            the manifest, written last: a shard that has all three is done
-
-Another threshold needs `x.captions.jsonl` and the input images, and no model.
+`manifest` tells which files come out. Another threshold needs `x.captions.jsonl` and the input
+images, and no model.
 """
 
-import io
-import json
+import hashlib
+import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
-
-import torch
-from pydantic import Field
-from torch import Tensor
+from typing import IO, Any
 
 from openblip import __version__
-from openblip.batching import read_image
-from openblip.capfilt.captioner import Captioner
-from openblip.capfilt.filter import Filter, KeepRule
-from openblip.captions import DEFAULT_PROMPT
-from openblip.config import Recipe
+from openblip.capfilt.images import (
+    REPEATED_KEY,
+    SEEN,
+    TOO_LONG,
+    TOO_SMALL,
+    ImageReader,
+    Prepared,
+    load_predicate,
+    stack,
+)
+from openblip.capfilt.keep import JudgedImage, KeepRule, select
+from openblip.capfilt.manifest import (
+    Manifest,
+    OutputPaths,
+    failed_lines,
+    judged_lines,
+    read_failed,
+    read_judged,
+)
+from openblip.capfilt.models import EncodedBatch, Models
+from openblip.capfilt.recipe import CapfiltRecipe, recipe_of, settings_of
+from openblip.capfilt.units import Unit, checksum_of, stamp_of, whole
 from openblip.data.remote import RemoteAbsentError
-from openblip.data.samples import Caption, Sample
+from openblip.data.rows import BadSample
+from openblip.data.samples import Sample
 from openblip.data.shards import Shard, checksum
-from openblip.data.sinks import ShardWriter, write_bytes_atomically, write_json_atomically
-from openblip.data.sources import Address, read_samples
-from openblip.generation import Decoding
-from openblip.images import ImageDecodeError
-from openblip.kernels import Precision
-from openblip.training.log import ProgressLine
+from openblip.data.sinks import whole_file, write_json_atomically
+from openblip.data.sources import Address
+from openblip.data.writers import open_writer
+
+LEFT_OUT = frozenset({TOO_SMALL, TOO_LONG, SEEN, REPEATED_KEY})
+"""Reasons that are a choice, and no failure: such samples are not tried again."""
+
+OnProgress = Callable[[int, float, float], None]
+"""Hears of images that were judged, and the seconds waited for them, and spent on them."""
 
 
-class CapfiltRecipe(Recipe):
-    """How captions are written, judged and kept; the defaults are the paper's."""
+class OtherRunError(ValueError):
+    """A unit was done with other settings, models or input; `manifest` tells with which."""
 
-    decoding: Decoding = Decoding(method="nucleus", top_p=0.9)
-    prompt: str = DEFAULT_PROMPT
-    captions_per_image: int = Field(1, ge=1)
-    keep: KeepRule = KeepRule()
-    batch_size: int = Field(32, ge=1)
-    dtype: Precision = "float32"
-    seed: int = 42
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What was done with one shard.
-
-    shard, input_checksum  path of the input, and the hash of its bytes
-    output_checksum        of the tar
-    captioner, filter      hashes of the weights
-    num_images             images that were read and judged
-    bad                    samples that could not be used, by reason
-    kept, dropped          captions by source, and by source and reason
-    seconds                spent on this shard
-    """
-
-    shard: str
-    input_checksum: str
-    output_checksum: str
-    captioner: str
-    filter: str
-    settings: Mapping[str, Any]
-    version: str
-    num_images: int
-    bad: Mapping[str, int]
-    kept: Mapping[str, int]
-    dropped: Mapping[str, Mapping[str, int]]
-    seconds: float
-
-    @classmethod
-    def read(cls, path: Path) -> "Manifest":
-        """Read a manifest. Raises ValueError if it is none."""
-        try:
-            return cls(**json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} is no CapFilt manifest: {error}") from error
-
-    def to_json(self) -> dict[str, Any]:
-        """Return plain values."""
-        return asdict(self)
-
-
-@dataclass(frozen=True)
-class JudgedImage:
-    """All captions of one image, as a line of `x.captions.jsonl`."""
-
-    key: str
-    captions: tuple[Caption, ...]
-    meta: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class OutputPaths:
-    """The three files that a shard becomes."""
-
-    tar: Path
-    captions: Path
-    manifest: Path
-
-    @classmethod
-    def of(cls, name: str, folder: Path) -> "OutputPaths":
-        """Return the paths for the shard of this name, without its ending."""
-        return cls(
-            folder / f"{name}.tar", folder / f"{name}.captions.jsonl", folder / f"{name}.json"
+    def __init__(self, manifest: Path, changes: Sequence[str]) -> None:
+        super().__init__(
+            f"{manifest} is of another run: {'; '.join(changes)}; choose another folder or --force"
         )
+        self.manifest, self.changes = manifest, changes
 
-
-def manifests(folder: Path) -> list[Path]:
-    """Return the manifests of the shards that are done, in the order of their names.
-
-    A JSON file is one if judged captions lie beside it: reports lie in the same folder.
-    """
-    return [
-        path
-        for path in sorted(folder.glob("*.json"))
-        if OutputPaths.of(path.stem, folder).captions.exists()
-    ]
+    def __reduce__(self) -> tuple[type, tuple[Path, Sequence[str]]]:
+        # An exception is pickled by its text, between processes.
+        return OtherRunError, (self.manifest, self.changes)
 
 
 def process_shard(
-    shard: Address, folder: Path, captioner: Captioner, judge: Filter, recipe: CapfiltRecipe
+    shard: Address | Unit,
+    folder: Path,
+    models: Models,
+    recipe: CapfiltRecipe,
+    *,
+    on_progress: OnProgress = lambda images, waited, worked: None,
 ) -> Manifest:
-    """Write and judge captions of one shard, and keep what the rule keeps.
+    """Write and judge captions of one unit of work, and keep what the rule keeps.
 
-    Returns the manifest; that of a shard which is done already comes back as it is.
-    Raises ValueError if it was done with other settings, models or input.
+    Returns the manifest; that of a unit which is done already comes back as it is.
+    Raises OtherRunError if it was done with other settings, models or input; ValueError as reading
+    the shard does; RemoteError for what cannot be fetched; FloatingPointError if a filter diverged.
     """
-    shard = Shard.at(shard)
-    paths = OutputPaths.of(shard.stem, folder)
-    settings = recipe.model_dump(mode="json")
-    input_checksum = _checksum_of(shard)
-    if paths.manifest.exists():
-        done = Manifest.read(paths.manifest)
-        _refuse_changes(paths.manifest, done, settings, captioner, judge, input_checksum)
-        if paths.captions.exists() and paths.tar.exists():
-            return done
-    start = time.monotonic()
-    bad: Counter[str] = Counter()
-    judged: list[JudgedImage] = []
+    unit = shard if isinstance(shard, Unit) else whole(shard)
+    paths = OutputPaths.of(unit.name, folder, recipe.output)
+    done = done_manifest(unit, folder, models.captioner_ids, models.filter_ids, recipe)
+    if done is not None:
+        return done
+    run = _Run(unit, models, recipe, on_progress)
     folder.mkdir(parents=True, exist_ok=True)
-    with ProgressLine(f"CapFilt {shard.name}", None, unit="images") as progress:
-        for samples, images in _image_batches(shard, captioner, judge, recipe.batch_size, bad):
-            keys = [sample.key for sample in samples]
-            written = captioner.caption(images[0], keys)
-            captions = [
-                [*sample.captions, *new] for sample, new in zip(samples, written, strict=True)
-            ]
-            for sample, several in zip(samples, judge.judge(images[1], captions), strict=True):
-                judged.append(JudgedImage(sample.key, tuple(several), sample.meta))
-            progress.advance(len(samples))
-    kept = [JudgedImage(one.key, recipe.keep.apply(one.captions), one.meta) for one in judged]
-    return _write(
-        paths,
-        shard,
-        kept,
-        input_checksum=input_checksum,
-        captioner=captioner.model,
-        judge=judge.model,
-        settings=settings,
-        bad=bad,
-        start=start,
+    with tempfile.TemporaryFile(dir=folder) as file:
+        spool = _Spool(file)
+        judged = list(run.judge_all(spool))
+        return _write(
+            paths, unit, select(judged, recipe.keep), spool.samples(), run.failed, run.seconds,
+            captioner=models.captioner_ids, judge=models.filter_ids, settings=settings_of(recipe),
+        )  # fmt: skip
+
+
+def done_manifest(
+    unit: Unit, folder: Path, captioner: str, judge: str, recipe: CapfiltRecipe
+) -> Manifest | None:
+    """Return the manifest of a unit that is done; None if it is not.
+
+    captioner, judge  hashes of the models' weights
+    Raises OtherRunError if it was done with other settings, models or input.
+    """
+    paths = OutputPaths.of(unit.name, folder, recipe.output)
+    if not paths.manifest.exists():
+        return None
+    done = Manifest.read(paths.manifest)
+    settings = settings_of(recipe)
+    stamp = stamp_of(unit.shard)
+    is_same = stamp is not None and stamp == done.input_stamp
+    _refuse_changes(
+        paths.manifest,
+        [
+            ("captioner", done.captioner, captioner),
+            ("filter", done.filter, judge),
+            ("part", (done.part, done.num_parts), (unit.part, unit.num_parts)),
+            *(
+                (f"setting {key}", done.settings.get(key), settings.get(key))
+                for key in sorted({*done.settings, *settings})
+            ),
+            (
+                "input",
+                done.input_checksum,
+                done.input_checksum if is_same else checksum_of(unit.shard),
+            ),
+        ],
     )
+    return done if paths.captions.exists() and paths.data.exists() else None
 
 
 def rethreshold_shard(manifest: Path, folder: Path, keep: KeepRule) -> Manifest:
-    """Make another selection of a shard's judged captions, into another folder, without a model.
+    """Make another selection of a unit's judged captions, into another folder, without a model.
 
-    Raises ValueError if the input shard is gone or is no longer what was judged.
+    Raises ValueError if the input shard is gone or is no longer what was judged, and if the rule
+    asks of ITM what the run did not.
     """
     start = time.monotonic()
     done = Manifest.read(manifest)
-    shard = Shard.at(done.shard)
-    if not _is_unchanged(shard, done.input_checksum):
-        raise ValueError(f"{shard}, whose images {manifest} judged, is gone or has changed")
-    name = manifest.name.removesuffix(".json")
-    judged = read_judged(OutputPaths.of(name, manifest.parent).captions)
-    kept = [JudgedImage(one.key, keep.apply(one.captions), one.meta) for one in judged]
+    unit = done.unit(manifest.name.removesuffix(".json"))
+    if not _is_unchanged(unit.shard, done):
+        raise ValueError(f"{unit.shard}, whose images {manifest} judged, is gone or has changed")
+    given = OutputPaths.of(unit.name, manifest.parent, done.output)
+    judged = select(list(read_judged(given.captions)), keep)
     folder.mkdir(parents=True, exist_ok=True)
     return _write(
-        OutputPaths.of(name, folder),
-        shard,
-        kept,
-        input_checksum=done.input_checksum,
+        OutputPaths.of(unit.name, folder, done.output),
+        unit,
+        judged,
+        unit.samples(),
+        read_failed(given.failed),
+        {"start": start},
         captioner=done.captioner,
         judge=done.filter,
         settings={**done.settings, "keep": keep.model_dump(mode="json")},
-        bad=done.bad,
-        start=start,
     )
 
 
-def read_judged(path: Path) -> Iterator[JudgedImage]:
-    """Yield the images of a `captions.jsonl`. Raises ValueError for a line that is not one."""
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            try:
-                value = json.loads(line)
-                captions = tuple(Caption.from_json(c, "web") for c in value["captions"])
-                yield JudgedImage(value["key"], captions, value["meta"])
-            except (KeyError, TypeError, ValueError) as error:
-                raise ValueError(f"{path}, line {number}: {error}") from error
+def retry_shard(manifest: Path, models: Models) -> Manifest:
+    """Caption and judge what failed in a unit that is done, and write it anew with what succeeds.
+
+    What was left out by choice stays so. Other images keep the judgement that they have.
+    Raises ValueError if an image that was judged is gone or has changed, and for other models.
+    """
+    done = Manifest.read(manifest)
+    recipe = recipe_of(done)
+    unit = done.unit(manifest.name.removesuffix(".json"))
+    paths = OutputPaths.of(unit.name, manifest.parent, done.output)
+    _refuse_changes(
+        manifest,
+        [
+            ("captioner", done.captioner, models.captioner_ids),
+            ("filter", done.filter, models.filter_ids),
+        ],
+    )
+    failed = read_failed(paths.failed)
+    before = {image.key: image for image in read_judged(paths.captions)}
+    wanted = {bad.key for bad in failed if bad.reason not in LEFT_OUT} - before.keys()
+    if not wanted:
+        return done
+    run = _Run(unit, models, recipe, only=frozenset(wanted))
+    new = {image.key: image for image in run.judge_all(None)}
+    if not new:
+        return done
+    reasons = {bad.key: bad.reason for bad in run.failed}
+    still = [
+        replace(bad, reason=reasons.get(bad.key, bad.reason))
+        for bad in failed
+        if bad.key not in new or bad.key in before
+    ]
+    # The input's order is that of an undisturbed run.
+    judged = [
+        image
+        for sample in unit.samples()
+        if (image := before.pop(sample.key, None) or new.pop(sample.key, None)) is not None
+    ]
+    if before:
+        raise ValueError(f"{unit}: {next(iter(before))}, which {manifest} judged, is gone")
+    return _write(
+        paths, unit, select(judged, recipe.keep), unit.samples(), still, run.seconds,
+        captioner=done.captioner, judge=done.filter, settings=done.settings,
+    )  # fmt: skip
 
 
-def _image_batches(
-    shard: Shard, captioner: Captioner, judge: Filter, batch_size: int, bad: Counter[str]
-) -> Iterator[tuple[list[Sample], tuple[Tensor, Tensor]]]:
-    """Yield samples with their images, prepared for the captioner and for the filter."""
-    sizes = [model.blip.config.vision.image_size_px for model in (captioner, judge)]
-    samples: list[Sample] = []
-    images: list[list[Tensor]] = [[], []]
-    keys: set[str] = set()
+class _Run:
+    """The models' work on a unit. Times are in `seconds` by stage."""
 
-    def on_bad(key: str, reason: str) -> None:
-        bad[reason] += 1
+    def __init__(
+        self,
+        unit: Unit,
+        models: Models,
+        recipe: CapfiltRecipe,
+        on_progress: OnProgress = lambda images, waited, worked: None,
+        *,
+        only: frozenset[str] | None = None,
+    ) -> None:
+        self.unit, self.models, self.recipe = unit, models, recipe
+        self.failed: list[BadSample] = []
+        self.seconds: dict[str, float] = {"start": time.monotonic()}
+        self._on_progress, self._only = on_progress, only
 
-    def batch() -> tuple[list[Sample], tuple[Tensor, Tensor]]:
-        return list(samples), (torch.stack(images[0]), torch.stack(images[1]))
+    def judge_all(self, spool: "_Spool | None") -> Iterator[JudgedImage]:
+        """Yield the judged images; their samples go to the spool, in the same order."""
+        recipe = self.recipe
+        reader = ImageReader(
+            self.models.sizes_px,
+            recipe.images,
+            None if recipe.predicate is None else load_predicate(recipe.predicate),
+            self.failed.append,
+            self._only,
+        )
+        batches = reader.batches(self.unit.builds(), recipe.batch_size)
+        while True:
+            with self._timed("read") as waited:
+                batch = next(batches, None)
+            if batch is None:
+                return
+            begun = time.monotonic()
+            yield from self._judge(batch)
+            if spool is not None:
+                for one in batch:
+                    spool.add(one.sample)
+            self._on_progress(len(batch), waited[0], time.monotonic() - begun)
 
-    for sample in read_samples(shard, on_bad=on_bad):
-        if sample.key in keys:  # judged and written images are matched by their keys
-            on_bad(sample.key, "repeated_key")
-            continue
-        keys.add(sample.key)
-        try:
-            prepared = {size: read_image(sample.image_bytes, size) for size in sorted(set(sizes))}
-        except ImageDecodeError as error:
-            on_bad(sample.key, error.reason)
-            continue
-        samples.append(sample)
-        for column, size in zip(images, sizes, strict=True):
-            column.append(prepared[size])
-        if len(samples) == batch_size:
-            yield batch()
-            samples, images = [], [[], []]
-    if samples:
-        yield batch()
+    def _judge(self, batch: list[Prepared]) -> Iterator[JudgedImage]:
+        samples = [one.sample for one in batch]
+        encoded = EncodedBatch(stack(batch))
+        with self._timed("caption"):
+            written = self.models.caption(encoded, [sample.key for sample in samples])
+        captions = [[*s.captions, *new] for s, new in zip(samples, written, strict=True)]
+        with self._timed("judge"):
+            judged = self.models.judge(
+                encoded,
+                captions,
+                ensemble=self.recipe.ensemble,
+                min_similarity=self.recipe.keep.min_similarity,
+            )
+        for sample, several in zip(samples, judged, strict=True):
+            yield JudgedImage(
+                sample.key, tuple(several), sample.meta, image_hash(sample.image_bytes)
+            )
+
+    @contextmanager
+    def _timed(self, stage: str) -> Iterator[list[float]]:
+        spent = [0.0]
+        start = time.monotonic()
+        yield spent
+        spent[0] = time.monotonic() - start
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + spent[0]
+
+
+def image_hash(data: bytes) -> str:
+    """Return a 16-digit hash of an image's bytes."""
+    return hashlib.blake2b(data, digest_size=8).hexdigest()
 
 
 def _write(
     paths: OutputPaths,
-    shard: Shard,
+    unit: Unit,
     judged: Sequence[JudgedImage],
+    samples: Iterable[Sample],
+    failed: list[BadSample],
+    seconds: Mapping[str, float],
     *,
-    input_checksum: str,
     captioner: str,
     judge: str,
     settings: Mapping[str, Any],
-    bad: Mapping[str, int],
-    start: float,
 ) -> Manifest:
-    """Write the three files of a shard, the manifest last."""
+    """Write the files of a unit, the manifest last; `samples` come in the order of `judged`."""
+    begun = time.monotonic()
     kept: Counter[str] = Counter()
     dropped: dict[str, Counter[str]] = {}
-    lines = io.StringIO()
     for image in judged:
-        captions = [caption.to_json() for caption in image.captions]
-        line = {"key": image.key, "captions": captions, "meta": image.meta}
-        lines.write(json.dumps(line, ensure_ascii=False) + "\n")
         for caption in image.captions:
             if caption.drop_reason is None:
                 kept[caption.source] += 1
             else:
                 dropped.setdefault(caption.source, Counter())[caption.drop_reason] += 1
-    write_bytes_atomically(paths.captions, lines.getvalue().encode())
-    with ShardWriter(paths.tar) as writer:
-        for sample, image in _with_judged(shard, judged):
-            captions_kept = tuple(c for c in image.captions if c.drop_reason is None)
-            if captions_kept:
-                writer.write(
-                    Sample(
-                        sample.key,
-                        sample.image_bytes,
-                        captions_kept,
-                        sample.meta,
-                        sample.image_extension,
-                    )
-                )
+    # What is written anew must not pass for done meanwhile.
+    paths.manifest.unlink(missing_ok=True)
+    with whole_file(paths.captions) as temporary, temporary.open("wb") as file:
+        file.writelines(judged_lines(iter(judged)))
+    if failed:
+        with whole_file(paths.failed) as temporary, temporary.open("wb") as file:
+            file.writelines(failed_lines(failed))
+    else:
+        paths.failed.unlink(missing_ok=True)
+    with open_writer(paths.data, settings["output"]) as writer:
+        for sample, image in _matched(unit, samples, judged):
+            captions = tuple(c for c in image.captions if c.drop_reason is None)
+            if captions:
+                writer.write(replace(sample, captions=captions))
+    now = time.monotonic()
+    spent = {name: value for name, value in seconds.items() if name != "start"}
+    spent |= {"write": now - begun, "total": now - seconds["start"]}
     manifest = Manifest(
-        shard=str(shard.absolute()),
-        input_checksum=input_checksum,
-        output_checksum=checksum(paths.tar),
+        shard=str(unit.shard.absolute()),
+        part=unit.part,
+        num_parts=unit.num_parts,
+        input_checksum=checksum_of(unit.shard),
+        input_stamp=stamp_of(unit.shard),
+        output_checksum=checksum(paths.data),
         captioner=captioner,
         filter=judge,
         settings=settings,
         version=__version__,
         num_images=len(judged),
-        bad=dict(bad),
+        bad=dict(Counter(bad.reason for bad in failed)),
         kept=dict(kept),
         dropped={source: dict(reasons) for source, reasons in dropped.items()},
-        seconds=round(time.monotonic() - start, 3),
+        seconds={name: round(value, 3) for name, value in spent.items()},
     )
     write_json_atomically(paths.manifest, manifest.to_json())
     return manifest
 
 
-def _with_judged(
-    shard: Shard, judged: Sequence[JudgedImage]
+def _matched(
+    unit: Unit, samples: Iterable[Sample], judged: Sequence[JudgedImage]
 ) -> Iterator[tuple[Sample, JudgedImage]]:
-    """Read the shard once more, in the same order, past what could not be used."""
+    """Yield each judged image with its sample, past samples that were not judged.
+
+    Raises ValueError if a sample is gone, or its image has changed.
+    """
     waiting = iter(judged)
     image = next(waiting, None)
-    for sample in read_samples(shard, on_bad=lambda key, reason: None):
+    for sample in samples:
         if image is not None and sample.key == image.key:
+            if image.image_hash not in ("", image_hash(sample.image_bytes)):
+                raise ValueError(
+                    f"{unit}: the image of {sample.key} has changed since it was judged"
+                )
             yield sample, image
             image = next(waiting, None)
-    assert image is None, f"{image.key} was judged and is not in {shard}"
+    if image is not None:
+        raise ValueError(f"{unit}: {image.key} was judged, and is gone")
 
 
-def _refuse_changes(
-    path: Path,
-    done: Manifest,
-    settings: Mapping[str, Any],
-    captioner: Captioner,
-    judge: Filter,
-    input_checksum: str,
-) -> None:
-    changes = [
-        f"{name} was {before} and is {now}"
-        for name, before, now in (
-            ("captioner", done.captioner, captioner.model),
-            ("filter", done.filter, judge.model),
-            ("input", done.input_checksum, input_checksum),
-            *(
-                (f"setting {key}", done.settings.get(key), settings.get(key))
-                for key in sorted({*done.settings, *settings})
-            ),
-        )
-        if before != now
-    ]
+class _Spool:
+    """Samples that wait to be written, with their images in a file.
+
+    The input is read once: what is remote may have changed by the second time.
+    """
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self._waiting: list[tuple[Sample, int]] = []
+
+    def add(self, sample: Sample) -> None:
+        self._file.write(sample.image_bytes)
+        self._waiting.append((replace(sample, image_bytes=b""), len(sample.image_bytes)))
+
+    def samples(self) -> Iterator[Sample]:
+        self._file.seek(0)
+        for sample, num_bytes in self._waiting:
+            yield replace(sample, image_bytes=self._file.read(num_bytes))
+
+
+def _refuse_changes(path: Path, pairs: Sequence[tuple[str, object, object]]) -> None:
+    changes = [f"{name} was {before} and is {now}" for name, before, now in pairs if before != now]
     if changes:
-        raise ValueError(
-            f"{path} is of another run: {'; '.join(changes)}; choose another folder or --force"
-        )
+        raise OtherRunError(path, changes)
 
 
-def _is_unchanged(shard: Shard, checksum: str) -> bool:
+def _is_unchanged(shard: Shard, done: Manifest) -> bool:
     try:
-        return _checksum_of(shard) == checksum
+        return checksum_of(shard) == done.input_checksum
     except (FileNotFoundError, RemoteAbsentError):
         return False
-
-
-def _checksum_of(shard: Shard) -> str:
-    with shard.opened() as path:
-        return checksum(path)

@@ -11,10 +11,12 @@ CaptionSource = Literal["web", "synthetic", "human"]
 class Caption:
     """A caption, who wrote it, and how it was judged.
 
-    match_probability     of the filter's ITM head, in [0, 1]
+    match_probability     of the filter's ITM head, in [0, 1]; None: ITM was not asked
+    match_probabilities   of each of several filters, where there are several
     similarity            ITC cosine of the filter, in [-1, 1]
     mean_log_probability  per token, nats, under the captioner; synthetic captions alone
     model, filter_model   hashes of the weights that wrote it, and that judged it
+    prompt                that the decoder was given
     decoding, seed        how it was decoded
     drop_reason           why it is not for training; None: it is kept
     """
@@ -22,9 +24,11 @@ class Caption:
     text: str
     source: CaptionSource = "web"
     match_probability: float | None = None
+    match_probabilities: tuple[float, ...] | None = None
     similarity: float | None = None
     mean_log_probability: float | None = None
     model: str | None = None
+    prompt: str | None = None
     decoding: Mapping[str, object] | None = None
     seed: int | None = None
     filter_model: str | None = None
@@ -49,6 +53,8 @@ class Caption:
         if not isinstance(value.get("text"), str):
             raise ValueError("a caption object needs a string 'text'")
         values = {"source": default_source} | dict(value)
+        if isinstance(values.get("match_probabilities"), list):
+            values["match_probabilities"] = tuple(values["match_probabilities"])
         if values["source"] not in get_args(CaptionSource):
             raise ValueError(
                 f"caption source {values['source']!r}: expected {get_args(CaptionSource)}"

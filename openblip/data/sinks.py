@@ -1,6 +1,7 @@
 """Writing: files that appear whole or not at all, and tar shards of samples."""
 
 import contextlib
+import errno
 import io
 import json
 import os
@@ -29,6 +30,11 @@ def whole_file(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def is_out_of_room(error: OSError) -> bool:
+    """Say whether a disk or a quota is full."""
+    return error.errno in {errno.ENOSPC, errno.EDQUOT}
 
 
 def is_temporary(path: Path) -> bool:

@@ -20,7 +20,7 @@ from openblip.data.remote import is_remote, list_remote
 from openblip.data.rows import IMAGE_EXTENSIONS, BadSample, Build, build_sample
 from openblip.data.samples import CaptionSource, Sample
 from openblip.data.shards import Shard, expanded
-from openblip.data.tables import csv_entries, jsonl_entries, parquet_entries
+from openblip.data.tables import csv_entries, jsonl_entries, num_rows, parquet_entries
 from openblip.data.tar import BrokenTarError, read_tar
 
 FILE_KINDS = (".tar", ".jsonl", ".csv", ".tsv", ".parquet", ".json")
@@ -138,24 +138,45 @@ def read_part(
            a look at what they hold
     JSON lines and parquet are cut into ranges; of the others a part is every `num_parts`-th entry.
     """
+    for build in read_builds(address, part, num_parts, first=first):
+        yield build(default_source)
+
+
+def read_builds(
+    address: Address, part: int = 0, num_parts: int = 1, *, first: int = 0
+) -> Iterator[Build]:
+    """Yield what makes the entries that `read_part` yields, for threads to call.
+
+    An image that lies beside a table is read, or fetched, by that call.
+    """
     shard = Shard.at(address)
     with shard.opened() as path:
-        if path.is_dir():
-            entries = _every(_folder_entries(path), part, num_parts, first)
-        else:
-            match shard.suffix:
-                case ".jsonl":
-                    entries = jsonl_entries(shard, path, part, num_parts, first)
-                case ".csv" | ".tsv":
-                    entries = csv_entries(shard, path, part, num_parts, first)
-                case ".parquet":
-                    entries = parquet_entries(shard, path, part, num_parts, first)
-                case ".json":
-                    entries = json_entries(shard, path, part, num_parts, first)
-                case _:
-                    entries = _every(_tar_entries(shard, path), part, num_parts, first)
-        for build in entries:
-            yield build(default_source)
+        yield from _entries(shard, path, part, num_parts, first)
+
+
+def num_entries(address: Address) -> int:
+    """Return how many entries a shard holds, good or bad; none of them is parsed."""
+    shard = Shard.at(address)
+    with shard.opened() as path:
+        if shard.suffix == ".parquet" and path.is_file():
+            return num_rows(shard, path)
+        return sum(1 for _ in _entries(shard, path, 0, 1, 0))
+
+
+def _entries(shard: Shard, path: Path, part: int, num_parts: int, first: int) -> Iterator[Build]:
+    if path.is_dir():
+        return _every(_folder_entries(path), part, num_parts, first)
+    match shard.suffix:
+        case ".jsonl":
+            return jsonl_entries(shard, path, part, num_parts, first)
+        case ".csv" | ".tsv":
+            return csv_entries(shard, path, part, num_parts, first)
+        case ".parquet":
+            return parquet_entries(shard, path, part, num_parts, first)
+        case ".json":
+            return json_entries(shard, path, part, num_parts, first)
+        case _:
+            return _every(_tar_entries(shard, path), part, num_parts, first)
 
 
 def _every(entries: Iterator[Build], part: int, num_parts: int, first: int) -> Iterator[Build]:

@@ -88,14 +88,7 @@ def parquet_entries(
 
     Row groups that lie wholly outside are not read. Raises ValueError for a broken file.
     """
-    # Slow to import, and few need it.
-    from pyarrow import ArrowInvalid, parquet
-
-    try:
-        table = parquet.ParquetFile(path)
-    except ArrowInvalid as error:
-        raise ValueError(f"cannot read shard {shard}: {error}") from error
-    with table:
+    with _parquet_file(shard, path) as table:
         facts = table.metadata
         start, end = (facts.num_rows * place // num_parts for place in (part, part + 1))
         start += first
@@ -112,6 +105,22 @@ def parquet_entries(
                 number += batch.num_rows
                 if number >= end:
                     return
+
+
+def num_rows(shard: Shard, path: Path) -> int:
+    """Return the rows of a parquet file. Raises ValueError for a broken one."""
+    with _parquet_file(shard, path) as table:
+        return int(table.metadata.num_rows)
+
+
+def _parquet_file(shard: Shard, path: Path) -> Any:
+    # Slow to import, and few need it.
+    from pyarrow import ArrowInvalid, parquet
+
+    try:
+        return parquet.ParquetFile(path)
+    except ArrowInvalid as error:
+        raise ValueError(f"cannot read shard {shard}: {error}") from error
 
 
 def _read_row(shard: Shard, number: int, batch: Any, source: CaptionSource) -> Sample | BadSample:

@@ -11,6 +11,7 @@ from PIL import Image
 
 from openblip.capfilt.captioner import Captioner
 from openblip.capfilt.filter import Filter
+from openblip.capfilt.models import Models
 from openblip.data.samples import Caption, Sample
 from openblip.data.sinks import ShardWriter
 from openblip.generation import Decoding
@@ -58,13 +59,18 @@ def tokenizer() -> Tokenizer:
 @pytest.fixture(scope="session")
 def captioner(tokenizer: Tokenizer) -> Captioner:
     decoding = Decoding(method="nucleus", min_tokens=1, max_tokens=5)
-    return Captioner(build(tokenizer, "decode", 16, 0), tokenizer, decoding, "a ")
+    return Captioner(build(tokenizer, "decode", 16, 0), tokenizer, decoding, ("a ",))
 
 
 @pytest.fixture(scope="session")
 def judge(tokenizer: Tokenizer) -> Filter:
     """Return a filter of another image size than the captioner's."""
     return Filter(build(tokenizer, "pair", 24, 1), tokenizer)
+
+
+@pytest.fixture
+def models(captioner: Captioner, judge: Filter) -> Models:
+    return Models((captioner,), (judge,))
 
 
 @pytest.fixture

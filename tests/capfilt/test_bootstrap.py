@@ -37,7 +37,7 @@ RECIPE = BootstrapRecipe.model_validate(
             **TRAINING,
             "alignment": AlignmentConfig(positives="image_or_text", mining="online", **ALIGNMENT),
         },
-        "capfilt": {"prompt": "", "keep": {"threshold": 0.4}},
+        "capfilt": {"prompts": ("",), "keep": {"threshold": 0.4}},
         "evaluation": {"shortlist": 4},
     }
 )  # fmt: skip

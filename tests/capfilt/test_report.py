@@ -11,9 +11,11 @@ from PIL import Image
 
 from openblip.capfilt.bootstrap import BootstrapData
 from openblip.capfilt.bootstrap_report import write_bootstrap_report
-from openblip.capfilt.filter import KeepRule
+from openblip.capfilt.keep import KeepRule
+from openblip.capfilt.manifest import Manifest, manifests
+from openblip.capfilt.recipe import CapfiltRecipe
 from openblip.capfilt.report import NUM_BINS, capfilt_report, write_capfilt_report
-from openblip.capfilt.shard import CapfiltRecipe, Manifest, manifests, process_shard
+from openblip.capfilt.shard import process_shard
 from openblip.data.samples import Caption, Sample
 from openblip.data.sinks import ShardWriter, write_json_atomically
 
@@ -55,7 +57,8 @@ def write_shard(folder: Path, name: str, *, num: int = 12, has_noise: bool = Tru
         shard=str(shard), input_checksum="1", output_checksum="2", captioner="c0ffee",
         filter="f117e7", settings=CapfiltRecipe(keep=rule).model_dump(mode="json"), version="0",
         num_images=num, bad={"truncated": 2}, kept=dict(kept),
-        dropped={source: dict(reasons) for source, reasons in dropped.items()}, seconds=2.0,
+        dropped={source: dict(reasons) for source, reasons in dropped.items()},
+        seconds={"total": 2.0},
     )  # fmt: skip
     (folder / "capfilt").mkdir(exist_ok=True)
     text = "".join(json.dumps(line) + "\n" for line in lines)
@@ -105,9 +108,10 @@ def test_every_count_adds_up(folder):
     assert json.loads(json.dumps(report)) == report
 
 
-def test_the_counts_of_a_shard_that_was_really_done_add_up(shard, captioner, judge, tmp_path):
-    recipe = CapfiltRecipe(decoding=captioner.decoding, prompt=captioner.prompt)
-    process_shard(shard, tmp_path / "out", captioner, judge, recipe)
+def test_the_counts_of_a_shard_that_was_really_done_add_up(shard, models, tmp_path):
+    [captioner] = models.captioners
+    recipe = CapfiltRecipe(decoding=captioner.decoding, prompts=captioner.prompts)
+    process_shard(shard, tmp_path / "out", models, recipe)
     report = write_capfilt_report(tmp_path / "out")
     check_sums(report)
     assert sum(report["bad"].values()) == 3

@@ -10,22 +10,18 @@ import torch
 from PIL import Image
 
 from openblip.capfilt.captioner import Captioner
-from openblip.capfilt.filter import Filter, KeepRule
-from openblip.capfilt.shard import (
-    CapfiltRecipe,
-    Manifest,
-    OutputPaths,
-    manifests,
-    process_shard,
-    read_judged,
-    rethreshold_shard,
-)
+from openblip.capfilt.filter import Filter
+from openblip.capfilt.keep import KeepRule
+from openblip.capfilt.manifest import Manifest, OutputPaths, manifests, read_judged
+from openblip.capfilt.models import Models
+from openblip.capfilt.recipe import CapfiltRecipe
+from openblip.capfilt.shard import process_shard, rethreshold_shard
 from openblip.data.samples import Caption, Sample
 from openblip.data.sinks import ShardWriter
 from openblip.data.sources import read_samples
 from openblip.models.blip import Blip
 
-NAMES = ["00000.captions.jsonl", "00000.json", "00000.tar"]
+NAMES = ["00000.captions.jsonl", "00000.failed.jsonl", "00000.json", "00000.tar"]
 NUM_GOOD, NUM_READ = 7, 7
 """Images of the shard that can be used, and the captions that they have."""
 
@@ -33,18 +29,16 @@ NUM_GOOD, NUM_READ = 7, 7
 @pytest.fixture
 def recipe(captioner: Captioner) -> CapfiltRecipe:
     return CapfiltRecipe(
-        decoding=captioner.decoding, prompt=captioner.prompt, batch_size=3, seed=captioner.seed
+        decoding=captioner.decoding, prompts=captioner.prompts, batch_size=3, seed=captioner.seed
     )
 
 
 @pytest.fixture
-def process(
-    shard: Path, captioner: Captioner, judge: Filter, recipe: CapfiltRecipe
-) -> Callable[..., Manifest]:
+def process(shard: Path, models: Models, recipe: CapfiltRecipe) -> Callable[..., Manifest]:
     """Process the shard into a folder, with anything else that is asked for."""
 
     def run(folder: Path, **changes: object) -> Manifest:
-        values = {"shard": shard, "captioner": captioner, "judge": judge, "recipe": recipe}
+        values = {"shard": shard, "models": models, "recipe": recipe}
         return process_shard(folder=folder, **(values | changes))
 
     return run
@@ -157,8 +151,14 @@ def test_what_has_changed_since_is_named(
     strict = recipe.model_copy(update={"keep": KeepRule(threshold=0.9)})
     for message, changes in (
         ("setting keep was .*0.5.* is .*0.9", {"recipe": strict}),
-        ("captioner was", {"captioner": replace(captioner, blip=changed(captioner.blip))}),
-        ("filter was", {"judge": replace(judge, blip=changed(judge.blip))}),
+        (
+            "captioner was",
+            {"models": Models((replace(captioner, blip=changed(captioner.blip)),), (judge,))},
+        ),
+        (
+            "filter was",
+            {"models": Models((captioner,), (replace(judge, blip=changed(judge.blip)),))},
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             process(tmp_path / "out", **changes)
@@ -200,7 +200,7 @@ def test_another_threshold_needs_the_same_images(
     assert not (tmp_path / "again").exists()
 
 
-@pytest.mark.parametrize("lost", [NAMES[1:2], NAMES[1:]])
+@pytest.mark.parametrize("lost", [NAMES[2:3], NAMES[2:]])
 def test_a_shard_that_was_stopped_between_its_files_is_done_again(
     process: Callable[..., Manifest], tmp_path: Path, lost: list[str]
 ) -> None:
@@ -221,7 +221,7 @@ def test_a_failure_leaves_no_file(
     monkeypatch.setattr(ShardWriter, "write", fail)
     with pytest.raises(OSError, match="disk full"):
         process(tmp_path / "out")
-    assert list(files(tmp_path / "out")) == NAMES[:1]
+    assert list(files(tmp_path / "out")) == NAMES[:2]
     monkeypatch.undo()
     process(tmp_path / "out")
     assert list(files(tmp_path / "out")) == NAMES
@@ -247,11 +247,12 @@ def test_the_batch_size_changes_no_decision(
 
 
 def test_several_captions_per_image_are_all_judged(
-    process: Callable[..., Manifest], tmp_path: Path, captioner: Captioner, recipe: CapfiltRecipe
+    process: Callable[..., Manifest], tmp_path: Path, models: Models, recipe: CapfiltRecipe
 ) -> None:
+    [captioner] = models.captioners
     process(
         tmp_path / "out",
-        captioner=replace(captioner, captions_per_image=3),
+        models=replace(models, captioners=(replace(captioner, captions_per_image=3),)),
         recipe=recipe.model_copy(update={"captions_per_image": 3}),
     )
     judged = list(read_judged(tmp_path / "out" / "00000.captions.jsonl"))

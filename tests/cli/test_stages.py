@@ -23,7 +23,7 @@ vocab_size: 120
 pretrain: {{model: {MODEL}, objective: {{alignment: {{queue_size: 8}}}}, {TRAINING}}}
 captioner: {{{TRAINING}, prompt: ""}}
 filter: {{{TRAINING}, alignment: {{queue_size: 8}}}}
-capfilt: {{prompt: "", decoding: {{max_tokens: 8}}}}
+capfilt: {{prompts: [""], decoding: {{max_tokens: 8}}}}
 evaluation: {{shortlist: 4, decoding: {{num_beams: 1, max_tokens: 8}}}}
 """
 
@@ -184,7 +184,7 @@ def test_a_recipe_that_is_not_there(run, tmp_path: Path) -> None:
     )
 
 
-CAPFILT = ("--set", 'prompt=""', "--set", "decoding.max_tokens=8")
+CAPFILT = ("--set", 'prompts=[""]', "--set", "decoding.max_tokens=8")
 
 
 def test_capfilt_from_run_to_report(run, world: Path, model: Path, tmp_path: Path) -> None:

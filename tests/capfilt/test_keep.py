@@ -1,15 +1,12 @@
 from collections.abc import Sequence
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from openblip.capfilt.filter import DUPLICATE, EMPTY, NOT_ASKED_FOR, UNMATCHED, Filter, KeepRule
-from openblip.checkpoint import model_id
+from openblip.capfilt.keep import DUPLICATE, EMPTY, NOT_ASKED_FOR, UNMATCHED, KeepRule
 from openblip.data.samples import Caption
-from openblip.inference import Engine
 
 
 def judged(*rows: tuple[str, str, float]) -> list[Caption]:
@@ -81,18 +78,3 @@ def test_a_rule_changes_reasons_alone_and_a_lower_threshold_keeps_more(
 def test_values_out_of_range_are_refused(values: dict[str, object]) -> None:
     with pytest.raises(ValidationError):
         KeepRule(**values)
-
-
-def test_a_filter_adds_its_judgement_and_its_name(judge: Filter) -> None:
-    images = torch.randn(2, 3, 24, 24, generator=torch.Generator().manual_seed(1))
-    captions = [[Caption("a blue dog"), Caption("a red cat", "human", seed=3)], []]
-    first, second = judge.judge(images, captions)
-    assert second == []
-    expected = Engine(judge.blip, judge.tokenizer, dtype="float32").match(
-        images, [["a blue dog", "a red cat"], []]
-    )
-    for caption, judgement in zip(first, expected[0], strict=True):
-        assert caption.match_probability == judgement.match_probability
-        assert caption.similarity == judgement.similarity
-        assert caption.filter_model == judge.model == model_id(judge.blip)
-    assert (first[1].source, first[1].seed, first[1].text) == ("human", 3, "a red cat")
