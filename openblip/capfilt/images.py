@@ -15,12 +15,13 @@ from torch import Tensor
 
 from openblip.config import Recipe
 from openblip.data.prefetch import map_beside
-from openblip.data.rows import BadSample, Build
+from openblip.data.rows import BadSample, Build, UnreachableImageError
 from openblip.data.samples import Sample
 from openblip.images import ImageDecodeError, decode_image, eval_transform
 
 TOO_SMALL, TOO_LONG, SEEN = "small_image", "extreme_aspect", "near_duplicate_image"
 REPEATED_KEY = "repeated_key"
+UNREACHABLE = "unreachable_image"
 HASH_SIDE = 8
 
 Predicate = Callable[[Sample], bool | str]
@@ -105,7 +106,10 @@ class ImageReader:
             yield batch
 
     def _prepare(self, build: Build) -> Prepared | BadSample | None:
-        entry = build("web")
+        try:
+            entry = build("web")
+        except UnreachableImageError as error:
+            entry = BadSample(error.key, UNREACHABLE)
         if self.only is not None and entry.key not in self.only:
             return None
         if isinstance(entry, BadSample):

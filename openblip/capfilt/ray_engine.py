@@ -1,11 +1,12 @@
 """CapFilt's units on the actors of a Ray cluster."""
 
+import logging
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
 from openblip.capfilt.units import Unit
-from openblip.capfilt.work import MOST_ATTEMPTS, POLL_S, Job, Queue, RunProgress, attempt
+from openblip.capfilt.work import MOST_ATTEMPTS, POLL_S, Failure, Job, Queue, RunProgress, attempt
 
 
 def run_ray(
@@ -28,7 +29,8 @@ def run_ray(
     except ImportError as error:
         raise ValueError("Ray is not installed: pip install 'openblip[ray]'") from error
     try:
-        ray.init(address=address, include_dashboard=False, log_to_driver=False)
+        ray.init(address=address, include_dashboard=False, log_to_driver=False,
+                 logging_level=logging.WARNING)  # fmt: skip
     except ConnectionError as error:
         raise ValueError(f"no Ray cluster answers at {address}: {error}") from error
     try:
@@ -53,7 +55,7 @@ class RayWorker:
     def ready(self) -> tuple[str, str]:
         return self._models.captioner_ids, self._models.filter_ids
 
-    def work(self, unit: Unit) -> str | Exception | None:
+    def work(self, unit: Unit) -> Failure | Exception | None:
         """Return what `attempt` does, or what it raises."""
         try:
             return attempt(unit, self._models, self._job, lambda *told: self._told.append(told))

@@ -20,7 +20,7 @@ from openblip.capfilt.models import Models
 from openblip.capfilt.recipe import CapfiltRecipe
 from openblip.capfilt.shard import OnProgress, OtherRunError, done_manifest, process_shard
 from openblip.capfilt.units import Unit
-from openblip.data.remote import RemoteError
+from openblip.data.remote import RemoteAbsentError, RemoteError
 from openblip.data.sinks import is_out_of_room
 from openblip.hub import load
 from openblip.training.log import ProgressLine
@@ -75,6 +75,14 @@ class Job:
             ),
             tuple(Filter(*loaded[name], recipe.dtype) for name in self.filters),
         )
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a unit failed, and whether another attempt would fail in the same way."""
+
+    reason: str
+    is_final: bool
 
 
 @dataclass
@@ -132,15 +140,15 @@ class Queue:
             self._waiting.append((due, unit))
         return None
 
-    def report(self, unit: Unit, reason: str | None) -> None:
+    def report(self, unit: Unit, failure: Failure | None) -> None:
         """Say what became of a unit that was taken: None is success."""
         self._num_running -= 1
-        if reason is None:
+        if failure is None:
             self.num_done += 1
             return
         self._attempts[unit.name] += 1
-        if self._attempts[unit.name] >= MOST_ATTEMPTS:
-            self.failed[unit.name] = reason
+        if failure.is_final or self._attempts[unit.name] >= MOST_ATTEMPTS:
+            self.failed[unit.name] = failure.reason
         else:
             self._waiting.append((time.monotonic() + RETRY_DELAY_S, unit))
 
@@ -172,8 +180,8 @@ class RunProgress:
         )
 
 
-def attempt(unit: Unit, models: Models, job: Job, on_progress: OnProgress) -> str | None:
-    """Work on a unit; return None, or why it failed and might succeed another time.
+def attempt(unit: Unit, models: Models, job: Job, on_progress: OnProgress) -> Failure | None:
+    """Work on a unit; return None, or why it failed.
 
     Raises what makes all further work pointless.
     """
@@ -181,10 +189,12 @@ def attempt(unit: Unit, models: Models, job: Job, on_progress: OnProgress) -> st
         process_shard(unit, job.output, models, job.recipe, on_progress=on_progress)
     except OtherRunError:
         raise
-    except (RemoteError, ValueError) as error:
-        return str(error)
+    except RemoteError as error:
+        return Failure(str(error), isinstance(error, RemoteAbsentError))
+    except ValueError as error:
+        return Failure(str(error), is_final=True)
     except OSError as error:
         if is_out_of_room(error):
             raise
-        return f"{error.filename or unit}: {error.strerror}"
+        return Failure(f"{error.filename or unit}: {error.strerror}", is_final=False)
     return None

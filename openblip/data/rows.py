@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
-from openblip.data.remote import RemoteAbsentError
+from openblip.data.remote import RemoteAbsentError, RemoteError
 from openblip.data.samples import Caption, CaptionSource, Sample
 from openblip.data.shards import Shard
 
@@ -32,6 +32,14 @@ class BadSample:
 
     key: str
     reason: str
+
+
+class UnreachableImageError(RemoteError):
+    """The image of a row could not be fetched; `key` names the row."""
+
+    def __init__(self, key: str, reason: str) -> None:
+        super().__init__(reason)
+        self.key = key
 
 
 Build = Callable[[CaptionSource], Sample | BadSample]
@@ -87,7 +95,8 @@ def read_row(shard: Shard, number: int, row: object, source: CaptionSource) -> S
     """Build a sample from the fields of a table's row, None where it is not one.
 
     number  place in the table, which names a row that has no key
-    Raises RemoteError if a remote image cannot be fetched; one that is absent makes a bad sample.
+    Raises UnreachableImageError if a remote image cannot be fetched; one that is absent makes a bad
+    sample.
     """
     key = f"{shard.stem}_{number:08d}"
     try:
@@ -122,6 +131,8 @@ def read_row(shard: Shard, number: int, row: object, source: CaptionSource) -> S
                 extension = PurePosixPath(value).suffix[1:].lower() or extension
     except (OSError, RemoteAbsentError):
         return BadSample(key, "missing_image")
+    except RemoteError as error:
+        raise UnreachableImageError(key, str(error)) from error
     except binascii.Error:
         return BadSample(key, "bad_base64")
     if image is None:
