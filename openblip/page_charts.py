@@ -11,6 +11,7 @@ MOST_POINTS = 120
 _NUM_COLORS = 6
 _WIDTH, _LEFT, _SIDE_LABEL = 440, 52, 64
 """440 units across stay readable on a phone, without scrolling."""
+_QUARTERS = ((0.0, "0"), (0.25, "0.25"), (0.5, "0.5"), (0.75, "0.75"), (1.0, "1"))
 _DASHES = ("none", "7 3", "2 3", "9 3 2 3", "4 4", "12 3")
 
 
@@ -83,10 +84,20 @@ def thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     return [(sum(x for x, _ in g) / len(g), sum(y for _, y in g) / len(g)) for g in groups]
 
 
-def histograms(caption: str, x_label: str, rows: Sequence[Counts], mark: float) -> Html:
-    """Return a figure with one histogram per row over [0, 1], each as high as its fullest bin.
+def histograms(
+    caption: str,
+    x_label: str,
+    rows: Sequence[Counts],
+    mark: float | None = None,
+    *,
+    bins: Sequence[str] | None = None,
+    ticks: Sequence[tuple[float, str]] = _QUARTERS,
+) -> Html:
+    """Return a figure with one histogram per row, each as high as its fullest bin.
 
-    mark  where a dashed line stands
+    mark   where a dashed line stands, as a share of the axis
+    bins   what each bin is, as many as a row has; without it bins are equal parts of [0, 1]
+    ticks  labels of the axis, each with its place as a share of the axis
     """
     height, gap, top = 44.0, 26.0, 20.0
     right = _WIDTH - 12.0
@@ -102,20 +113,22 @@ def histograms(caption: str, x_label: str, rows: Sequence[Counts], mark: float) 
         highest = max(row.counts, default=0) or 1
         for number, count in enumerate(row.counts):
             low, up = number / len(row.counts), (number + 1) / len(row.counts)
+            name = f"{low:.2f} to {up:.2f}" if bins is None else bins[number]
             # A bin that holds anything is seen.
             tall = max(1.5, height * count / highest) if count else 0.0
             drawn.append(
-                tag("rect", tag("title", f"{low:.2f} to {up:.2f}: {count:,}"), x=x_of(low) + 0.5,
+                tag("rect", tag("title", f"{name}: {count:,}"), x=x_of(low) + 0.5,
                     width=x_of(up) - x_of(low) - 1, y=base - tall, height=tall,
                     class_=f"color-{index % _NUM_COLORS}")
             )  # fmt: skip
-        drawn += [
-            tag("line", x1=12, x2=right, y1=base, y2=base, class_="axis"),
-            tag("line", x1=x_of(mark), x2=x_of(mark), y1=base - height, y2=base, class_="mark"),
-        ]
+        drawn.append(tag("line", x1=12, x2=right, y1=base, y2=base, class_="axis"))
+        if mark is not None:
+            drawn.append(
+                tag("line", x1=x_of(mark), x2=x_of(mark), y1=base - height, y2=base, class_="mark")
+            )
     drawn += [
-        tag("text", f"{tick:g}", x=x_of(tick), y=bottom + 17, text_anchor="middle")
-        for tick in (0.0, 0.25, 0.5, 0.75, 1.0)
+        tag("text", label, x=x_of(place), y=bottom + 17, text_anchor="middle")
+        for place, label in ticks
     ]
     drawn.append(tag("text", x_label, x=_WIDTH / 2, y=bottom + 34, text_anchor="middle"))
     told = "; ".join(row.label for row in rows)

@@ -7,16 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from openblip.capfilt.report import write_capfilt_report
+from openblip.capfilt.report_cards import example_cards, read_pictures
 from openblip.capfilt.report_page import (
     capfilt_figures,
     captions_table,
-    example_cards,
-    percent,
     probabilities,
-    read_pictures,
-    seconds,
     truth_table,
 )
+from openblip.capfilt.report_text import percent, seconds
 from openblip.data.batches import stable_id
 from openblip.data.sources import Address, list_shards, read_samples
 from openblip.page import (

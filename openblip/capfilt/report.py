@@ -5,14 +5,17 @@
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from openblip.capfilt.keep import JudgedImage
 from openblip.capfilt.manifest import Manifest, OutputPaths, manifests, read_judged
+from openblip.capfilt.report_agreement import Disagreements, SimilarityTally
 from openblip.capfilt.report_page import write_report_page
+from openblip.capfilt.report_shards import keep_rate_by_shard, throughput
+from openblip.capfilt.report_words import RepeatedTexts, WordTally
 from openblip.data.sinks import write_json_atomically
 from openblip.evaluation.metrics import roc_auc
 
@@ -32,6 +35,8 @@ class PlantedTruth:
     keep_rate         share kept at the threshold by kind; `none` are the true ones
     num_captions      by kind
     precision         share of true captions among the kept ones
+    num_not_judged    by kind, those without a match probability; they are not in the ROC-AUC, and
+                      count as dropped in the keep rate
     """
 
     roc_auc: float
@@ -39,6 +44,7 @@ class PlantedTruth:
     keep_rate: Mapping[str, float]
     num_captions: Mapping[str, int]
     precision: float
+    num_not_judged: Mapping[str, int]
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values."""
@@ -48,13 +54,18 @@ class PlantedTruth:
 def planted_truth(images: Iterable[JudgedImage], threshold: float) -> PlantedTruth | None:
     """Compare the filter's judgement of web captions with the planted truth; None without one."""
     by_noise: dict[str, list[float]] = defaultdict(list)
+    not_judged = Counter[str]()
     for image in images:
         if "noise" not in image.meta:
             continue
+        noise = str(image.meta["noise"])
         for caption in image.captions:
-            if caption.source == "web":
-                assert caption.match_probability is not None
-                by_noise[str(image.meta["noise"])].append(caption.match_probability)
+            if caption.source != "web":
+                continue
+            if caption.match_probability is None:
+                not_judged[noise] += 1
+            else:
+                by_noise[noise].append(caption.match_probability)
     true = by_noise.pop(TRUE_CAPTION, [])
     if not true or not by_noise:
         return None
@@ -66,13 +77,16 @@ def planted_truth(images: Iterable[JudgedImage], threshold: float) -> PlantedTru
     def kept(probabilities: list[float]) -> int:
         return sum(probability >= threshold for probability in probabilities)
 
-    kinds = {TRUE_CAPTION: true, **dict(sorted(by_noise.items()))}
+    noises = sorted({*by_noise, *not_judged} - {TRUE_CAPTION})
+    kinds = {TRUE_CAPTION: true, **{noise: by_noise.get(noise, []) for noise in noises}}
+    num_captions = {kind: len(values) + not_judged[kind] for kind, values in kinds.items()}
     return PlantedTruth(
         roc_auc=auc(wrong),
         roc_auc_by_noise={kind: auc(values) for kind, values in sorted(by_noise.items())},
-        keep_rate={kind: kept(values) / len(values) for kind, values in kinds.items()},
-        num_captions={kind: len(values) for kind, values in kinds.items()},
+        keep_rate={kind: kept(values) / num_captions[kind] for kind, values in kinds.items()},
+        num_captions=num_captions,
         precision=kept(true) / max(1, kept(true) + kept(wrong)),
+        num_not_judged={kind: not_judged[kind] for kind in kinds},
     )
 
 
@@ -94,11 +108,13 @@ def write_capfilt_report(folder: Path) -> dict[str, Any]:
 def capfilt_report(folder: Path) -> dict[str, Any]:
     """Sum up a CapFilt folder in plain values.
 
-    Returns  images and captions by what became of them; match probabilities in NUM_BINS bins;
+    Returns  images and captions by what became of them; match probabilities in NUM_BINS bins, and
+             how many captions have none; lengths, vocabulary and repetition as `WordTally` counts
+             them; `disagreements` of ITC and ITM; keep rates and speeds of the shards;
              `runs`: models and settings, one entry unless shards of several runs lie together;
              `planted_truth` where the samples tell it and all shards have one threshold
-    Raises ValueError for a folder without manifests, for a match probability that is NaN, and
-    where a manifest and the judged captions beside it disagree.
+    Raises ValueError for a folder without manifests, for a match probability or a similarity that
+    is NaN, and where a manifest and the judged captions beside it disagree.
     """
     done = {path: Manifest.read(path) for path in manifests(folder)}
     if not done:
@@ -106,13 +122,17 @@ def capfilt_report(folder: Path) -> dict[str, Any]:
             f"{folder} holds no shard that CapFilt did: expected x.json beside x.captions.jsonl"
         )
     total, bad, shards = _Tally(), Counter[str](), []
+    words, similarities = WordTally(), SimilarityTally()
     for path, manifest in done.items():
         tally = _Tally()
         for image in read_judged(OutputPaths.of(path.stem, folder).captions):
             tally.add(image)
+            words.add(image)
+            similarities.add(image)
         _check(path, manifest, tally)
         total.update(tally)
         bad.update(manifest.bad)
+        shard_seconds = manifest.seconds["total"]
         shards.append(
             {
                 "name": path.stem,
@@ -120,7 +140,8 @@ def capfilt_report(folder: Path) -> dict[str, Any]:
                 "num_images_kept": tally.num_images_kept,
                 "bad": dict(sorted(manifest.bad.items())),
                 "captions": tally.captions(),
-                "seconds": manifest.seconds["total"],
+                "seconds": shard_seconds,
+                "images_per_s": tally.num_images / shard_seconds if shard_seconds else None,
             }
         )
     seconds = sum(manifest.seconds["total"] for manifest in done.values())
@@ -133,7 +154,11 @@ def capfilt_report(folder: Path) -> dict[str, Any]:
         "match_probability": {
             "by_source": _bins(total.bins_by_source),
             "by_noise": _bins(total.bins_by_noise),
+            "not_judged": dict(sorted(total.not_judged.items(), reverse=True)),
         },
+        "caption_lengths": words.lengths_to_json(),
+        "vocabulary": words.vocabulary_to_json(),
+        **_second_look(list(done), words.repeated(), similarities),
         "runs": _runs(done.values()),
         "seconds": round(seconds, 3),
         "images_per_s": round(total.num_images / seconds, 2) if seconds else None,
@@ -148,8 +173,25 @@ def capfilt_report(folder: Path) -> dict[str, Any]:
         truth = planted_truth(judged, thresholds.pop())
         if truth is not None:
             report["planted_truth"] = truth.to_json()
+    report["keep_rate_by_shard"] = keep_rate_by_shard(shards)
+    report["throughput"] = throughput(shards)
     report["shards"] = shards
     return report
+
+
+def _second_look(
+    paths: Sequence[Path], repeated: Mapping[int, int], similarities: SimilarityTally
+) -> dict[str, Any]:
+    """Return what can be told only once all captions were counted."""
+    texts, disagreements = RepeatedTexts(repeated), Disagreements(similarities)
+    for path in paths:
+        for image in read_judged(OutputPaths.of(path.stem, path.parent).captions):
+            texts.add(image)
+            disagreements.add(path.stem, image)
+    return {
+        "repeated_captions": texts.to_json(),
+        "disagreements": disagreements.to_json(),
+    }
 
 
 @dataclass
@@ -162,6 +204,7 @@ class _Tally:
     dropped: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
     bins_by_source: dict[str, Counter[int]] = field(default_factory=lambda: defaultdict(Counter))
     bins_by_noise: dict[str, Counter[int]] = field(default_factory=lambda: defaultdict(Counter))
+    not_judged: Counter[str] = field(default_factory=Counter)
 
     def add(self, image: JudgedImage) -> None:
         self.num_images += 1
@@ -171,13 +214,16 @@ class _Tally:
                 self.kept[caption.source] += 1
             else:
                 self.dropped[caption.source][caption.drop_reason] += 1
-            assert caption.match_probability is not None
+            by_source = self.bins_by_source[caption.source]
+            if caption.match_probability is None:  # dropped before ITM saw it
+                self.not_judged[caption.source] += 1
+                continue
             if math.isnan(caption.match_probability):
                 raise ValueError(
                     f"image {image.key}: its match probability is NaN; train the filter anew"
                 )
             place = min(NUM_BINS - 1, int(caption.match_probability * NUM_BINS))
-            self.bins_by_source[caption.source][place] += 1
+            by_source[place] += 1
             if caption.source == "web" and "noise" in image.meta:
                 self.bins_by_noise[str(image.meta["noise"])][place] += 1
 
@@ -191,6 +237,7 @@ class _Tally:
             self.bins_by_source[source].update(bins)
         for noise, bins in other.bins_by_noise.items():
             self.bins_by_noise[noise].update(bins)
+        self.not_judged.update(other.not_judged)
 
     def captions(self) -> dict[str, dict[str, Any]]:
         """Return what became of the captions, by source: web, synthetic, human."""
