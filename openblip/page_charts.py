@@ -11,6 +11,8 @@ MOST_POINTS = 120
 _NUM_COLORS = 6
 _WIDTH, _LEFT, _SIDE_LABEL = 440, 52, 64
 """440 units across stay readable on a phone, without scrolling."""
+_UNIT_SIDE_LABEL = 80
+"""The words of shares are longer than those of losses."""
 _DASHES = ("none", "7 3", "2 3", "9 3 2 3", "4 4", "12 3")
 
 
@@ -82,7 +84,8 @@ def unit_chart(
     has_diagonal  a dashed line where x is y
     has_points    each point is marked, and tells its numbers
     """
-    top, side, right = 28.0, _WIDTH - _SIDE_LABEL - _LEFT, float(_WIDTH - _SIDE_LABEL)
+    top, right = 28.0, float(_WIDTH - _UNIT_SIDE_LABEL)
+    side = right - _LEFT
     bottom = top + side
     lines = [one for one in map(_finite, series) if one.points]
 

@@ -67,9 +67,11 @@ def _figures(calibration: Calibration) -> Html:
                 f"{calibration.num_matching / num_pairs:.3f} is chance",
             ),
             KeyFigure(
-                f"Threshold for precision {calibration.wanted_precision:g}",
-                _smallest(before),
-                "before the temperature",
+                f"Recall at precision {calibration.wanted_precision:g}",
+                "–" if before.smallest is None else f"{before.smallest.recall:.3f}",
+                "no threshold reaches it"
+                if before.smallest is None
+                else f"threshold {_smallest(before)}",
             ),
             KeyFigure("Temperature", f"{calibration.temperature:.3f}", "1 changes nothing"),
             KeyFigure("Calibration error", f"{after.ece:.3f}", f"{before.ece:.3f} before"),
@@ -97,10 +99,10 @@ def _discrimination(calibration: Calibration) -> list[Html]:
         paragraph(
             f"At the threshold 0.5 the precision is {_share(half.precision)}, the recall "
             f"{half.recall:.3f} and F1 {half.f1:.3f}. A temperature does not change these, nor the "
-            "curve on the left."
+            "ROC curve."
         ),
         note(
-            "Dashed on the left: a filter that guesses. Precision is the share of matching pairs "
+            "Dashed beside the ROC curve: a filter that guesses. Precision is the share of matching pairs "
             "among the kept ones, so it depends on how many of the labelled pairs match: label "
             "pairs as they come, not as many of each."
         ),

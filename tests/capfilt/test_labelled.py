@@ -1,14 +1,24 @@
+import io
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from openblip.capfilt.filter import Filter
 from openblip.capfilt.labelled import judge_labelled, read_label
 from openblip.data.samples import Caption
 from openblip.inference import Engine
 
-from .conftest import TEXTS, picture
+TEXTS = ["a red cat on a mat", "a blue dog", "two green birds above a house"]
+
+
+def picture(seed: int) -> bytes:
+    noise = np.random.default_rng(seed).integers(0, 255, (12, 10, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(noise).save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 @pytest.mark.parametrize("value", [True, 1, 1.0, "true", "True", " 1 "])
