@@ -102,9 +102,9 @@ def _discrimination(calibration: Calibration) -> list[Html]:
             "ROC curve."
         ),
         note(
-            "Dashed beside the ROC curve: a filter that guesses. Precision is the share of matching pairs "
-            "among the kept ones, so it depends on how many of the labelled pairs match: label "
-            "pairs as they come, not as many of each."
+            "Dashed beside the ROC curve: a filter that guesses. Precision is the share of "
+            "matching pairs among the kept ones, so it depends on how many of the labelled pairs "
+            "match: label pairs as they come, not as many of each."
         ),
     ]
 
