@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from openblip.cli_options import DATA_HELP, MODEL_HELP, AsJson, Overrides
-from openblip.cli_output import answer, capfilt_text, say
+from openblip.cli_options import DATA_HELP, MODEL_HELP, AsJson, DtypeOption, Overrides
+from openblip.cli_output import answer, calibration_text, capfilt_text, say
 from openblip.config import load_recipe
+from openblip.data.sources import list_shards
 
 if TYPE_CHECKING:
     from openblip.capfilt.work import Job
@@ -228,6 +229,66 @@ def capfilt_report(folder: Done, as_json: AsJson = False) -> None:
 
     report = write_capfilt_report(folder)
     answer(report, capfilt_text(report, folder), as_json=as_json)
+
+
+@capfilt_app.command("calibrate")
+def capfilt_calibrate(
+    judge: Annotated[str, typer.Option("--filter", help="Model that judges. " + MODEL_HELP)],
+    labels: Annotated[
+        str,
+        typer.Option(
+            help="Pairs of known truth: JSON lines with an image (path, URL or base64), a caption "
+            "and a label, true or false, 1 or 0. Other data sets with such a field do too."
+        ),
+    ],
+    precision: Annotated[
+        float,
+        typer.Option(min=0, max=1, help="Share of matching pairs that a threshold is sought for."),
+    ] = 0.95,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for calibration.html and calibration.json; none by default."),
+    ] = None,
+    is_saved: Annotated[
+        bool,
+        typer.Option("--save", help="Put the temperature into the filter's folder, a local one."),
+    ] = False,
+    dtype: DtypeOption = "float32",
+    as_json: AsJson = False,
+) -> None:
+    """Compare a filter with pairs of known truth, choose its threshold, fit its temperature.
+
+    Tells ROC-AUC, average precision, what thresholds keep, and the smallest one that reaches the
+    wanted precision. The temperature makes the match probability right as often as it says, and
+    changes no order. Pairs that cannot be used are counted on stderr, by reason.
+    """
+    from openblip.capfilt.calibration import calibrate, save_temperature
+    from openblip.capfilt.calibration_page import write_calibration
+    from openblip.capfilt.filter import Filter
+    from openblip.capfilt.labelled import judge_labelled
+    from openblip.hub import load
+
+    folder = Path(judge)
+    list_shards(labels)
+    if is_saved and not folder.is_dir():
+        raise ValueError(f"{judge} is no local folder: leave --save out, or download it first")
+    if out is not None and (out / "config.json").exists():
+        # The report has the name of a saved temperature, and would be taken for a damaged one.
+        raise ValueError(f"{out} holds a model: choose another folder for the report")
+    reader = Filter(*load(judge), dtype)
+    pairs = judge_labelled(labels, reader)
+    if pairs.bad:
+        told = ", ".join(f"{reason} {number}" for reason, number in pairs.bad.items())
+        say(f"not used: {told}")
+    result = calibrate(pairs.probabilities, pairs.labels, precision)
+    if out is not None:
+        write_calibration(out, result, model=reader.model, labels=labels, bad=pairs.bad)
+    saved = save_temperature(folder, result, reader.model) if is_saved else None
+    report = {
+        "filter": judge, "model": reader.model, "labels": labels, "bad": dict(pairs.bad),
+        **result.to_json(), "saved": None if saved is None else str(saved),
+    }  # fmt: skip
+    answer(report, calibration_text(report, out), as_json=as_json)
 
 
 def _job(

@@ -103,6 +103,35 @@ def capfilt_text(report: Mapping[str, Any], folder: Path) -> str:
     return "\n".join(lines)
 
 
+def calibration_text(report: Mapping[str, Any], folder: Path | None) -> str:
+    """Say what labelled pairs tell of a filter, and what was written."""
+    half, scales = report["at_half"], (report["before"], report["after"])
+    rows = [
+        ["pairs", f"{report['num_matching']} matching, {report['num_wrong']} wrong"],
+        ["ROC-AUC", f"{report['roc_auc']:.4f}"],
+        ["average precision", f"{report['average_precision']:.4f}"],
+        ["at 0.5", f"precision {_share(half['precision'])}, recall {half['recall']:.4f}, "
+                   f"F1 {half['f1']:.4f}"],
+        ["temperature", f"{report['temperature']:g}"],
+    ]  # fmt: skip
+    sides = [["", "before", "after"]]
+    for name, key in (("calibration error", "ece"), ("Brier score", "brier"),
+                      ("neg. log-likelihood", "negative_log_likelihood")):  # fmt: skip
+        sides.append([name, *(f"{scale[key]:.4f}" for scale in scales)])
+    if all(scale["smallest"] for scale in scales):
+        wanted = f"threshold for precision {report['wanted_precision']:g}"
+        sides.append([wanted, *(str(scale["smallest"]["threshold"]) for scale in scales)])
+        for name, key in (("its recall", "recall"), ("its kept share", "kept_share")):
+            sides.append([name, *(f"{scale['smallest'][key]:.4f}" for scale in scales)])
+    lines = [table(rows), "", table(sides)]
+    lines += [f"note: {note}" for note in report["notes"]]
+    if report["saved"] is not None:
+        lines.append(f"saved {report['saved']}")
+    if folder is not None:
+        lines.append(f"open {folder / 'calibration.html'}")
+    return "\n".join(lines)
+
+
 def conversion_text(report: "ConversionReport", target: Path) -> str:
     """Say what a conversion read, what it left out and why, and what its user must know."""
     lines = [
@@ -112,3 +141,7 @@ def conversion_text(report: "ConversionReport", target: Path) -> str:
     lines += [f"left out: {number} ({reason})" for reason, number in report.left_out.items()]
     lines += [f"note: {note}" for note in report.notes]
     return "\n".join(lines)
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"

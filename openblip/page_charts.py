@@ -1,7 +1,7 @@
-"""Charts of a page, drawn as SVG: curves and histograms, readable without colour or a screen."""
+"""Charts of a page, drawn as SVG: curves, shares, histograms; readable without colour or screen."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -12,6 +12,8 @@ _NUM_COLORS = 6
 _WIDTH, _LEFT, _SIDE_LABEL = 440, 52, 64
 """440 units across stay readable on a phone, without scrolling."""
 _QUARTERS = ((0.0, "0"), (0.25, "0.25"), (0.5, "0.5"), (0.75, "0.75"), (1.0, "1"))
+_UNIT_SIDE_LABEL = 80
+"""The words of shares are longer than those of losses."""
 _DASHES = ("none", "7 3", "2 3", "9 3 2 3", "4 4", "12 3")
 
 
@@ -62,19 +64,62 @@ def line_chart(caption: str, x_label: str, series: Sequence[Series]) -> Html:
                 tag("text", f"{tick:,g}", x=x_of(tick), y=bottom + 17, text_anchor="middle")
             )
     drawn.append(tag("text", x_label, x=(_LEFT + right) / 2, y=bottom + 34, text_anchor="middle"))
-    label_ys = _spread([y_of(one.points[-1][1]) + 4 for one in lines], 14, bottom + 4)
-    for index, (one, label_y) in enumerate(zip(lines, label_ys, strict=True)):
-        path = " ".join(f"{x_of(x):.1f},{y_of(y):.1f}" for x, y in one.points)
-        color = f"color-{index % _NUM_COLORS}"
-        dash = _DASHES[index % len(_DASHES)]
-        drawn += [
-            tag("polyline", points=path, class_=f"line {color}", stroke_dasharray=dash),
-            tag("text", one.label, x=right + 6, y=label_y, class_=f"label {color}"),
-        ]
+    drawn += _lines(lines, x_of, y_of, right, bottom)
     told = "; ".join(
         f"{one.label} from {one.points[0][1]:.3g} to {one.points[-1][1]:.3g}" for one in lines
     )
     return _figure(caption, f"{caption}. {told}.", bottom + 40, drawn)
+
+
+def unit_chart(
+    caption: str,
+    x_label: str,
+    y_label: str,
+    series: Sequence[Series],
+    *,
+    has_diagonal: bool = False,
+    has_points: bool = False,
+) -> Html:
+    """Return a figure of shares over shares: both axes are [0, 1], and as long.
+
+    has_diagonal  a dashed line where x is y
+    has_points    each point is marked, and tells its numbers
+    """
+    top, right = 28.0, float(_WIDTH - _UNIT_SIDE_LABEL)
+    side = right - _LEFT
+    bottom = top + side
+    lines = [one for one in map(_finite, series) if one.points]
+
+    def x_of(x: float) -> float:
+        return _LEFT + side * x
+
+    def y_of(y: float) -> float:
+        return bottom - side * y
+
+    # Above its axis, where it needs no turning.
+    drawn = [tag("text", y_label, x=4, y=14)]
+    for tick in (0.0, 0.2, 0.4, 0.6, 0.8, 1.0):
+        drawn += [
+            tag("line", x1=_LEFT, x2=right, y1=y_of(tick), y2=y_of(tick), class_="rule"),
+            tag("text", f"{tick:g}", x=_LEFT - 6, y=y_of(tick) + 4, text_anchor="end"),
+            tag("text", f"{tick:g}", x=x_of(tick), y=bottom + 17, text_anchor="middle"),
+        ]
+    drawn.append(tag("text", x_label, x=(_LEFT + right) / 2, y=bottom + 34, text_anchor="middle"))
+    if has_diagonal:
+        drawn.append(tag("line", x1=x_of(0), x2=x_of(1), y1=y_of(0), y2=y_of(1), class_="mark"))
+    drawn += _lines(lines, x_of, y_of, right, bottom)
+    for index, one in enumerate(lines if has_points else []):
+        drawn += [
+            tag("rect", tag("title", f"{one.label}: {x:.3f}, {y:.3f}"), x=x_of(x) - 3, width=6,
+                y=y_of(y) - 3, height=6, class_=f"color-{index % _NUM_COLORS}")
+            for x, y in one.points
+        ]  # fmt: skip
+    told = "; ".join(
+        f"{one.label} from ({one.points[0][0]:.3g}, {one.points[0][1]:.3g}) to "
+        f"({one.points[-1][0]:.3g}, {one.points[-1][1]:.3g})"
+        for one in lines
+    )
+    return _figure(caption, f"{caption}. {told or 'There is nothing to draw'}.", bottom + 40, drawn)
 
 
 def thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -133,6 +178,27 @@ def histograms(
     drawn.append(tag("text", x_label, x=_WIDTH / 2, y=bottom + 34, text_anchor="middle"))
     told = "; ".join(row.label for row in rows)
     return _figure(caption, f"{caption}. {told}.", bottom + 40, drawn)
+
+
+def _lines(
+    lines: Sequence[Series],
+    x_of: Callable[[float], float],
+    y_of: Callable[[float], float],
+    right: float,
+    bottom: float,
+) -> list[Html]:
+    """Draw lines of at least a point, each with its label to the right of its end."""
+    drawn = []
+    label_ys = _spread([y_of(one.points[-1][1]) + 4 for one in lines], 14, bottom + 4)
+    for index, (one, label_y) in enumerate(zip(lines, label_ys, strict=True)):
+        path = " ".join(f"{x_of(x):.1f},{y_of(y):.1f}" for x, y in one.points)
+        color = f"color-{index % _NUM_COLORS}"
+        dash = _DASHES[index % len(_DASHES)]
+        drawn += [
+            tag("polyline", points=path, class_=f"line {color}", stroke_dasharray=dash),
+            tag("text", one.label, x=right + 6, y=label_y, class_=f"label {color}"),
+        ]
+    return drawn
 
 
 def _figure(caption: str, description: str, height: float, drawn: Sequence[Html]) -> Html:

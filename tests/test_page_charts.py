@@ -6,7 +6,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from openblip.page_charts import Counts, Series, _spread, _ticks, histograms, line_chart
+from openblip.page_charts import (
+    Counts,
+    Series,
+    _spread,
+    _ticks,
+    histograms,
+    line_chart,
+    unit_chart,
+)
 
 finite = st.floats(-1e6, 1e6, allow_nan=False)
 
@@ -71,6 +79,33 @@ def test_lines_without_a_range_are_drawn(points):
     assert "nan" not in html
 
 
+def test_shares_are_drawn_on_axes_from_0_to_1():
+    html = unit_chart("c", "x", "y", [Series("a", [(0.25, 0.5), (0.5, 0.75)])], has_diagonal=True)
+    points = re.search(r'<polyline points="([^"]+)"', html).group(1).split()
+    (x1, y1), (x2, y2) = (map(float, point.split(",")) for point in points)
+    diagonal = re.search(r'<line x1="(\d+)" x2="(\d+)" y1="(\d+)" y2="(\d+)" class="mark"', html)
+    left, right, bottom, top = map(float, diagonal.groups())
+    assert right - left == bottom - top
+    assert x1 == left + (right - left) / 4
+    assert x2 == left + (right - left) / 2
+    assert y1 == bottom - (bottom - top) / 2
+    assert y2 == bottom - 3 * (bottom - top) / 4
+    assert "a from (0.25, 0.5) to (0.5, 0.75)" in html
+
+
+def test_points_of_shares_tell_their_numbers():
+    html = unit_chart("c", "x", "y", [Series("a", [(0.25, 0.5), (1, math.nan)])], has_points=True)
+    assert html.count("<rect") == 1
+    assert "a (1 not finite): 0.250, 0.500</title>" in html
+    assert 'class="mark"' not in html
+
+
+def test_shares_of_nothing_are_said():
+    html = unit_chart("c", "x", "y", [Series("a", [])])
+    assert "There is nothing to draw" in html
+    assert "polyline" not in html
+
+
 def test_a_histogram_tells_each_bin_and_shows_every_count():
     html = histograms("c", "p", [Counts("web", [1, 0, 1000, 0])], 0.5)
     assert "0.00 to 0.25: 1</title>" in html
@@ -81,5 +116,6 @@ def test_a_histogram_tells_each_bin_and_shows_every_count():
 
 def test_labels_are_text():
     html = line_chart("<b>", "<b>", [Series("<b>", [(0, 1.0)])])
+    html += unit_chart("<b>", "<b>", "<b>", [Series("<b>", [(0, 1.0)])], has_points=True)
     html += histograms("<b>", "<b>", [Counts("<b>", [1])], 0.5)
     assert "<b>" not in html

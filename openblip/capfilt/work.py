@@ -14,15 +14,17 @@ from pathlib import Path
 
 import torch
 
+from openblip.capfilt.calibration import read_temperature
 from openblip.capfilt.captioner import Captioner
 from openblip.capfilt.filter import Filter
 from openblip.capfilt.models import Models
 from openblip.capfilt.recipe import CapfiltRecipe
 from openblip.capfilt.shard import OnProgress, OtherRunError, done_manifest, process_shard
 from openblip.capfilt.units import Unit
+from openblip.checkpoint import model_id
 from openblip.data.remote import RemoteAbsentError, RemoteError
 from openblip.data.sinks import is_out_of_room
-from openblip.hub import load
+from openblip.hub import load, resolve
 from openblip.training.log import ProgressLine
 
 MOST_ATTEMPTS = 3
@@ -73,7 +75,14 @@ class Job:
                 )
                 for name in self.captioners
             ),
-            tuple(Filter(*loaded[name], recipe.dtype) for name in self.filters),
+            tuple(
+                Filter(
+                    *loaded[name],
+                    recipe.dtype,
+                    read_temperature(resolve(name), model_id(loaded[name][0])),
+                )
+                for name in self.filters
+            ),
         )
 
 
