@@ -326,6 +326,33 @@ def test_a_killed_writer_leaves_what_was_there(tmp_path: Path, kind: OutputKind)
     assert read(out) == [replace(sample, key=prefix + sample.key) for sample in SAMPLES]
 
 
+FULL_DISK = """
+import random, resource, sys
+from pathlib import Path
+from openblip.data.samples import Sample
+from openblip.data.writers import open_writer
+resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+try:
+    with open_writer(Path(sys.argv[1]), sys.argv[2]) as writer:
+        for number in range(5):
+            writer.write(Sample(f"new{number}", random.randbytes(2 << 20)))
+except OSError as error:
+    sys.exit(str(error))
+"""
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_file_that_cannot_grow_leaves_what_was_there(tmp_path: Path, kind: OutputKind) -> None:
+    path = write_into(tmp_path, kind)
+    command = [sys.executable, "-c", FULL_DISK, str(path), kind]
+    failed = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert failed.returncode == 1
+    assert "File too large" in failed.stderr
+    assert "Traceback" not in failed.stderr
+    assert list(tmp_path.iterdir()) == [path]
+    assert read(path) == SAMPLES
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_output_folder_is_a_data_set(tmp_path: Path, kind: OutputKind) -> None:
     """As CapFilt writes it: beside each shard its judged captions and its manifest."""
