@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "openblip"
 LAYERS = {
     0: ["config", "captions", "data.samples", "data.sources", "data.sinks", "data.tar",
         "data.caption_files", "data.caption_rows", "data.remote", "data.rows", "data.shards",
-        "data.tables"],
+        "data.tables", "data.writers"],
     1: ["tokenizer", "images", "augment", "models", "losses", "generation", "kernels"],
     2: ["data", "training", "page", "page_charts", "checkpoint", "convert", "hub", "inference",
         "answering", "backend", "batching", "results", "onnx_backend", "onnx_export", "onnx_parts",

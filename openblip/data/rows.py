@@ -5,7 +5,8 @@ A row has
   (`jpg`, `png`, `webp`, or `image` as the datasets library stores it) or as text (`image_base64`);
 - its captions as `captions`, `caption` or `text`;
 - its key as `key`, `image_id`, `img_id` or `id`, else its place in the table is taken.
-Further fields are the sample's meta.
+Further fields are the sample's meta. A row with `image_extension`, as `data.writers` writes it, may
+hold them all in one field `meta`, an object or the JSON text of one: there no name has a meaning.
 """
 
 import base64
@@ -88,7 +89,16 @@ def _parse_fields(
     for caption in given:
         if not isinstance(caption, str | dict):
             raise ValueError("a caption must be a text or an object")
-    return tuple(Caption.from_json(caption, source) for caption in given), meta
+    return tuple(_read_caption(caption, source) for caption in given), meta
+
+
+def _read_caption(value: str | dict[str, object], source: CaptionSource) -> Caption:
+    """Read a caption; in a table's struct all fields are there, and `decoding` is a JSON text."""
+    if isinstance(value, dict):
+        value = {name: each for name, each in value.items() if each is not None}
+        if isinstance(decoding := value.get("decoding"), str):
+            value["decoding"] = json.loads(decoding)
+    return Caption.from_json(value, source)
 
 
 def read_row(shard: Shard, number: int, row: object, source: CaptionSource) -> Sample | BadSample:
@@ -103,6 +113,7 @@ def read_row(shard: Shard, number: int, row: object, source: CaptionSource) -> S
         captions, meta = _parse_fields(row, source)
     except ValueError:
         return BadSample(key, "bad_json" if shard.suffix == ".jsonl" else "bad_row")
+    own_extension, own_meta = _take_own(meta)
     for name in _KEY_FIELDS:
         if name in meta:
             key = str(meta.pop(name)).replace(".", "_")
@@ -128,7 +139,9 @@ def read_row(shard: Shard, number: int, row: object, source: CaptionSource) -> S
             if image is None and isinstance(value, str):
                 del meta[name]
                 image = shard.read_beside(value)
-                extension = PurePosixPath(value).suffix[1:].lower() or extension
+                suffix = PurePosixPath(value).suffix[1:].lower()
+                # Another, as of a URL with a query, would not be read back from a shard.
+                extension = suffix if suffix in IMAGE_EXTENSIONS else extension
     except (OSError, RemoteAbsentError):
         return BadSample(key, "missing_image")
     except RemoteError as error:
@@ -137,4 +150,22 @@ def read_row(shard: Shard, number: int, row: object, source: CaptionSource) -> S
         return BadSample(key, "bad_base64")
     if image is None:
         return BadSample(key, "missing_image")
-    return Sample(key, image, captions, meta, extension)
+    return Sample(key, image, captions, {**meta, **own_meta}, own_extension or extension)
+
+
+def _take_own(meta: dict[str, object]) -> tuple[str | None, dict[str, object]]:
+    """Take what `data.writers` adds out of a row: `image_extension`, and the packed `meta`."""
+    extension = meta.get("image_extension")
+    if not isinstance(extension, str) or extension not in IMAGE_EXTENSIONS:
+        return None, {}
+    del meta["image_extension"]
+    packed = meta.get("meta")
+    if isinstance(packed, str):
+        try:
+            packed = json.loads(packed)
+        except ValueError:
+            return extension, {}
+    if not isinstance(packed, dict):
+        return extension, {}
+    del meta["meta"]
+    return extension, packed

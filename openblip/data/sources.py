@@ -9,6 +9,7 @@ that cannot be read at all, or fetched, is raised: to go on without it would be 
 
 import itertools
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,11 +21,16 @@ from openblip.data.remote import is_remote, list_remote
 from openblip.data.rows import IMAGE_EXTENSIONS, BadSample, Build, build_sample
 from openblip.data.samples import CaptionSource, Sample
 from openblip.data.shards import Shard, expanded
+from openblip.data.sinks import is_temporary
 from openblip.data.tables import csv_entries, jsonl_entries, num_rows, parquet_entries
 from openblip.data.tar import BrokenTarError, read_tar
 
 FILE_KINDS = (".tar", ".jsonl", ".csv", ".tsv", ".parquet", ".json")
-FOLDER_KINDS = (".tar", ".parquet")
+FOLDER_KINDS = (".tar", ".parquet", ".jsonl")
+"""Of the files in a folder those of the first kind that is there are its shards."""
+
+_NOT_DATA = (".captions.jsonl", ".failed.jsonl", ".log.jsonl")
+"""What CapFilt, `openblip caption` and trainings write beside their results."""
 
 Address = str | Path | Shard
 """Of a data set or a shard: a path or a URL."""
@@ -72,7 +78,7 @@ def list_shards(address: Address) -> list[Shard]:
     """Return the units in which a data set is read.
 
     address  of a file of one of `FILE_KINDS`, several of them in braces, or a folder: of .tar or
-             .parquet files, or of images
+             .parquet files, of images, or of .jsonl files if there is none of the others
     Raises ValueError for anything else, and for a remote folder that cannot be listed.
     """
     text = str(address)
@@ -86,14 +92,19 @@ def list_shards(address: Address) -> list[Shard]:
         return [shard]
     if path.is_dir():
         for kind in FOLDER_KINDS:
-            if shards := sorted(path.glob(f"*{kind}")):
+            # Lines that lie among images may be about them, as datasets' metadata.jsonl is.
+            if kind == ".jsonl" and next(_images(path), None):
+                return [shard]
+            if shards := sorted(file for file in path.glob(f"*{kind}") if _is_data(file.name)):
                 return [Shard(str(file)) for file in shards]
-        if any(_is_image(file) for file in path.rglob("*")):
-            return [shard]
     raise ValueError(
-        f"{shard} is no data set: expected a {', '.join(FILE_KINDS)} file, a folder of .tar or "
-        ".parquet files, or a folder of images"
+        f"{shard} is no data set: expected a {', '.join(FILE_KINDS)} file, a folder of .tar, "
+        ".parquet or .jsonl files, or a folder of images"
     )
+
+
+def _is_data(name: str) -> bool:
+    return not name.endswith(_NOT_DATA)
 
 
 def _list_remote(shard: Shard) -> list[Shard]:
@@ -101,11 +112,11 @@ def _list_remote(shard: Shard) -> list[Shard]:
         return [shard]
     found = list_remote(shard.address, FOLDER_KINDS)
     for kind in FOLDER_KINDS:
-        if shards := [Shard(address) for address in found if address.endswith(kind)]:
+        if shards := [Shard(each) for each in found if each.endswith(kind) and _is_data(each)]:
             return shards
     raise ValueError(
-        f"{shard} is no data set: expected a {', '.join(FILE_KINDS)} file, or a folder of .tar or "
-        ".parquet files; loose images are fetched too slowly to train on"
+        f"{shard} is no data set: expected a {', '.join(FILE_KINDS)} file, or a folder of .tar, "
+        ".parquet or .jsonl files; loose images are fetched too slowly to train on"
     )
 
 
@@ -228,8 +239,15 @@ def _tar_entries(shard: Shard, path: Path) -> Iterator[Build]:
 
 
 def _folder_entries(folder: Path) -> Iterator[Build]:
-    for path in sorted(file for file in folder.rglob("*") if _is_image(file)):
+    for path in sorted(_images(folder)):
         yield partial(_read_file, folder, path)
+
+
+def _images(folder: Path) -> Iterator[Path]:
+    """Yield the images of a folder, in no order, past what a killed writer left in it."""
+    for where, subfolders, names in os.walk(folder):
+        subfolders[:] = [name for name in subfolders if not is_temporary(Path(name))]
+        yield from (path for name in names if _is_image(path := Path(where, name)))
 
 
 def _read_file(folder: Path, path: Path, source: CaptionSource) -> Sample | BadSample:

@@ -8,7 +8,6 @@ from PIL import Image
 
 from openblip.capfilt.filter import Filter
 from openblip.capfilt.labelled import judge_labelled, read_label
-from openblip.data.samples import Caption
 from openblip.inference import Engine
 
 TEXTS = ["a red cat on a mat", "a blue dog", "two green birds above a house"]
@@ -80,5 +79,5 @@ def test_pairs_are_judged_as_captions_are(judge: Filter, tmp_path: Path) -> None
     path = tmp_path / "pairs.jsonl"
     path.write_text(json.dumps({"image": "0.jpg", "caption": TEXTS[0], "label": 1}) + "\n")
     images = judge.engine._batcher.prepare(picture(0))[None]
-    [[caption]] = judge.judge(images, [[Caption(TEXTS[0])]])
-    assert judge_labelled(path, judge).probabilities == (caption.match_probability,)
+    [[probability]] = judge.probabilities(images, [[TEXTS[0]]])
+    assert judge_labelled(path, judge).probabilities == (probability,)

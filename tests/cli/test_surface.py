@@ -15,7 +15,7 @@ COMMANDS = [
     "", "quickstart", "draw", "bootstrap", "pretrain", "finetune", "finetune captioning",
     "finetune retrieval", "finetune reconstruction", "finetune vqa", "finetune nlvr",
     "capfilt", "capfilt run", "capfilt rethreshold", "capfilt report",
-    "capfilt calibrate", "evaluate",
+    "capfilt plan", "capfilt retry", "capfilt calibrate", "evaluate",
     "evaluate retrieval", "evaluate captioning", "evaluate classification", "evaluate video",
     "evaluate vqa", "evaluate nlvr", "caption", "match", "refine", "ask", "questions", "classify",
     "convert", "bench", "export", "export onnx",

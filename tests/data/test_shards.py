@@ -57,6 +57,9 @@ def test_a_remote_folder_is_listed_and_read(tmp_path: Path, cache: Path) -> None
     shards = list_shards("memory://folder")
     assert [str(shard) for shard in shards] == ["memory://folder/0.tar", "memory://folder/1.tar"]
     assert list(read_part(shards[0])) == [Sample("k", b"x")]
+    files.pipe("/lines/0.jsonl", b"never read here")
+    files.pipe("/lines/0.captions.jsonl", b"never read here")
+    assert [str(shard) for shard in list_shards("memory://lines")] == ["memory://lines/0.jsonl"]
     files.pipe("/empty/readme.txt", b"x")
     with pytest.raises(ValueError, match="memory://empty is no data set"):
         list_shards("memory://empty")

@@ -180,6 +180,50 @@ def test_parquet_as_img2dataset_and_datasets_write_it(photos: Path) -> None:
     assert bad == [("1_00000002", "missing_image")]
 
 
+def test_an_image_gets_an_extension_that_is_read_back(photos: Path) -> None:
+    """A shard that has the image as `x.jfif` or `x.png?size=4` would hold no image."""
+    for name in ("a.jfif", "b.png?size=4", "c.PNG", "d"):
+        (photos / name).write_bytes(b"x")
+    (photos / "t.csv").write_text("image\na.jfif\nb.png?size=4\nc.PNG\nd\n")
+    samples, bad = read(photos / "t.csv")
+    assert [sample.image_extension for sample in samples] == ["jpg", "jpg", "png", "jpg"]
+    assert bad == []
+
+
+def test_only_rows_of_ours_have_their_meta_unpacked(tmp_path: Path) -> None:
+    packed = {"key": "inner", "url": "u"}
+    cases: list[tuple[dict[str, object], dict[str, object], str]] = [
+        ({"meta": packed}, {"meta": packed}, "jpg"),
+        ({"meta": packed, "image_extension": "png"}, packed, "png"),
+        ({"meta": json.dumps(packed), "image_extension": "png", "n": 1}, {"n": 1, **packed}, "png"),
+        ({"meta": "no json", "image_extension": "png"}, {"meta": "no json"}, "png"),
+        ({"meta": "[1]", "image_extension": "png"}, {"meta": "[1]"}, "png"),
+        (
+            {"meta": packed, "image_extension": ".PNG"},
+            {"meta": packed, "image_extension": ".PNG"},
+            "jpg",
+        ),
+    ]
+    image = base64.b64encode(b"x").decode()
+    rows = [{"key": "k", "image_base64": image, **row} for row, _, _ in cases]
+    (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    samples, bad = read(tmp_path / "t.jsonl")
+    assert samples == [Sample("k", b"x", (), meta, extension) for _, meta, extension in cases]
+    assert bad == []
+
+
+def test_jsonl_beside_images_are_not_taken_for_the_data(photos: Path, tmp_path: Path) -> None:
+    """Without images they are shards; the other kinds come before both."""
+    (photos / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "about it"}\n')
+    assert [shard.path for shard in list_shards(photos)] == [photos]
+    (photos / "a.png").unlink()
+    assert [shard.path for shard in list_shards(photos)] == [photos]
+    (photos / "sub" / "b.png").unlink()
+    assert [shard.name for shard in list_shards(photos)] == ["metadata.jsonl"]
+    write(photos / "t.tar")
+    assert [shard.name for shard in list_shards(photos)] == ["t.tar"]
+
+
 def test_cocos_json_gathers_the_captions_of_an_image(photos: Path) -> None:
     content = {
         "images": [
