@@ -136,7 +136,10 @@ def words_section(report: Mapping[str, Any]) -> list[Html]:
             f"first {MOST_WORDS} words. Each histogram is as high as its fullest bin."
         ),
         _vocabulary_table(vocabulary),
-        note("Distinct words per word fall as captions are added: compare sources of like size."),
+        note(
+            "The type-token ratio is distinct words per word. It falls as captions are added: "
+            "compare sources of like size."
+        ),
         grid(
             *(
                 bars(

@@ -84,6 +84,13 @@ def test_shards_without_images_or_time_have_no_speed(tmp_path):
     assert report["keep_rate_by_shard"]["web"]["num_shards"] == 1
 
 
+def test_a_slow_speed_keeps_its_digits(tmp_path):
+    out = write(tmp_path, "00000", 1, num=1, seconds=80.0)
+    write_capfilt_report(out)
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert '<td class="number">0.013</td>' in page
+
+
 def test_a_median_lies_between_two_speeds():
     shards = [
         {"name": name, "images_per_s": speed, "num_images": 1, "seconds": 1 / speed}
