@@ -114,6 +114,17 @@ def test_a_histogram_tells_each_bin_and_shows_every_count():
     assert heights == [1.5, 0, 44, 0]
 
 
+def test_the_bins_of_a_histogram_may_have_names_of_their_own():
+    bins, ticks = ["none", "<one>"], [(0.25, "0"), (0.75, "1+")]
+    html = histograms("c", "p", [Counts("web", [3, 4])], bins=bins, ticks=ticks)
+    assert "none: 3</title>" in html
+    assert "&lt;one&gt;: 4</title>" in html
+    assert re.findall(r'<text x="([\d.]+)"[^>]*>(0|1\+|0\.5)</text>', html) == [
+        ("116", "0"), ("324", "1+"),
+    ]  # fmt: skip
+    assert 'class="mark"' not in html
+
+
 def test_labels_are_text():
     html = line_chart("<b>", "<b>", [Series("<b>", [(0, 1.0)])])
     html += unit_chart("<b>", "<b>", "<b>", [Series("<b>", [(0, 1.0)])], has_points=True)

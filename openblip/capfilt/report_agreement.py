@@ -68,6 +68,10 @@ class Disagreements:
             if score == 0:
                 continue
             self._number += 1
+            heap = self._heaps[0] if score > 0 else self._heaps[1]
+            rank = abs(score), -self._number
+            if len(heap) == NUM_DISAGREEMENTS and rank < heap[0][:2]:
+                continue
             found = {
                 "shard": shard,
                 "key": image.key,
@@ -79,13 +83,10 @@ class Disagreements:
                 "score": score,
                 "drop_reason": caption.drop_reason,
             }
-            heap = self._heaps[0] if score > 0 else self._heaps[1]
             # Numbers differ, so entries are never compared by what was found.
-            entry = (abs(score), -self._number, found)
-            if len(heap) < NUM_DISAGREEMENTS:
-                heapq.heappush(heap, entry)
-            else:
-                heapq.heappushpop(heap, entry)
+            heapq.heappush(heap, (*rank, found))
+            if len(heap) > NUM_DISAGREEMENTS:
+                heapq.heappop(heap)
 
     def to_json(self) -> dict[str, list[dict[str, Any]]]:
         """Return the captions, the strongest disagreement of either way first."""

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
 
-from openblip.capfilt.report_text import percent, seconds
+from openblip.capfilt.report_text import percent, rate, seconds
 from openblip.page import Html, note, paragraph, table
 from openblip.page_charts import Counts, histograms
 
@@ -28,12 +28,12 @@ def keep_rate_by_shard(shards: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         for shard in shards:
             captions = shard["captions"].get(source)
             if captions is not None:
-                rate = captions["keep_rate"]
-                counts[min(NUM_RATE_BINS - 1, int(rate * NUM_RATE_BINS))] += 1
+                kept = captions["keep_rate"]
+                counts[min(NUM_RATE_BINS - 1, int(kept * NUM_RATE_BINS))] += 1
                 rates.append(
                     {
                         "name": shard["name"],
-                        "keep_rate": rate,
+                        "keep_rate": kept,
                         "kept": captions["kept"],
                         "judged": captions["judged"],
                     }
@@ -105,7 +105,7 @@ def _speeds(report: Mapping[str, Any]) -> list[Html]:
     rows = [
         [
             one["name"],
-            f"{one['images_per_s']:,.1f}",
+            rate(one["images_per_s"]),
             f"{one['num_images']:,}",
             seconds(one["seconds"]),
         ]
@@ -115,7 +115,7 @@ def _speeds(report: Mapping[str, Any]) -> list[Html]:
         table("Slowest shards", ["shard", "images per second", "images", "time"], rows),
         paragraph(
             f"The median of {speed['num_shards']:,} shards is "
-            f"{speed['median_images_per_s']:,.1f} images per second."
+            f"{rate(speed['median_images_per_s'])} images per second."
         ),
     ]
 
@@ -125,16 +125,16 @@ def _all(report: Mapping[str, Any]) -> list[Html]:
     shards = report["shards"]
     rows = []
     for shard in shards[:_MOST_SHARDS_SHOWN]:
-        rates = [shard["captions"].get(source, {}).get("keep_rate") for source in sources]
+        shares = [shard["captions"].get(source, {}).get("keep_rate") for source in sources]
         rows.append(
             [
                 shard["name"],
                 f"{shard['num_images']:,}",
                 f"{shard['num_images_kept']:,}",
                 f"{sum(shard['bad'].values()):,}",
-                *("–" if rate is None else percent(rate) for rate in rates),
+                *("–" if share is None else percent(share) for share in shares),
                 seconds(shard["seconds"]),
-                "–" if shard["images_per_s"] is None else f"{shard['images_per_s']:,.1f}",
+                "–" if shard["images_per_s"] is None else rate(shard["images_per_s"]),
             ]
         )
     header = ["shard", "images", "with a kept caption", "unusable"]

@@ -12,6 +12,11 @@ def seconds(value: float) -> str:
     return f"{value / 60:.1f} min" if value < 7200 else f"{value / 3600:.1f} h"
 
 
+def rate(value: float) -> str:
+    """Return a number per second; a slow one keeps two digits."""
+    return f"{value:,.1f}" if value >= 1 or value == 0 else f"{value:.2g}"
+
+
 def spoken(name: str) -> str:
     """Return a name of the data, such as a drop reason, with spaces between its words."""
     return name.replace("_", " ")

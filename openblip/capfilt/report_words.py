@@ -136,7 +136,10 @@ def words_section(report: Mapping[str, Any]) -> list[Html]:
             f"first {MOST_WORDS} words. Each histogram is as high as its fullest bin."
         ),
         _vocabulary_table(vocabulary),
-        note("Distinct words per word fall as captions are added: compare sources of like size."),
+        note(
+            "The type-token ratio is distinct words per word. It falls as captions are added: "
+            "compare sources of like size."
+        ),
         grid(
             *(
                 bars(
@@ -180,21 +183,19 @@ def _joined(several: Iterable["array[int]"]) -> "np.ndarray[Any, np.dtype[np.uin
 
 
 def _lengths_table(lengths: Mapping[str, Any]) -> Html:
-    rows = [
-        [
-            source,
-            *(
-                "–" if value is None else f"{value:.1f}"
-                for measure in ("mean", "median")
-                for value in (values[measure], *(values[fate][measure] for fate in _FATES))
-            ),
-        ]
-        for source, values in lengths.items()
-    ]
-    header = ["written by"]
-    for measure in ("mean", "median"):
-        header += [measure, *(f"{measure} of {fate}" for fate in _FATES)]
-    return table("Words per caption", header, rows)
+    rows = []
+    for source, values in lengths.items():
+        kept, dropped = (sum(values[fate]["counts"]) for fate in _FATES)
+        for name, number, middle in (
+            ("all", kept + dropped, values),
+            ("kept", kept, values["kept"]),
+            ("dropped", dropped, values["dropped"]),
+        ):
+            if number:
+                mean, median = middle["mean"], middle["median"]
+                rows.append([source, name, f"{number:,}", f"{mean:.1f}", f"{median:g}"])
+    header = ["written by", "captions", "number", "mean", "median"]
+    return table("Words per caption", header, rows, num_text_columns=2)
 
 
 def _lengths_chart(source: str, values: Mapping[str, Any]) -> Html:
@@ -230,7 +231,7 @@ def _vocabulary_table(vocabulary: Mapping[str, Any]) -> Html:
         "distinct captions",
         "words",
         "distinct words",
-        "distinct words per word",
+        "type-token ratio",
         "words used once",
     ]
     rows = [

@@ -1,69 +1,39 @@
-import io
 import json
 import re
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from openblip.capfilt.bootstrap import BootstrapData
 from openblip.capfilt.bootstrap_report import write_bootstrap_report
-from openblip.capfilt.keep import KeepRule
-from openblip.capfilt.manifest import Manifest, manifests
+from openblip.capfilt.keep import JudgedImage, KeepRule
+from openblip.capfilt.manifest import manifests
 from openblip.capfilt.recipe import CapfiltRecipe
 from openblip.capfilt.report import NUM_BINS, capfilt_report, write_capfilt_report
 from openblip.capfilt.shard import process_shard
 from openblip.data.samples import Caption, Sample
 from openblip.data.sinks import ShardWriter, write_json_atomically
+from tests.capfilt.judged import picture, write_judged
 
 NASTY = "<img src=x onerror=alert(1)> & more"
 NOISES = ("none", "other_caption", "none", "alt_text")
 
 
-def picture(seed: int) -> bytes:
-    noise = np.random.default_rng(seed).integers(0, 255, (32, 32, 3), dtype=np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(noise).save(buffer, "JPEG")
-    return buffer.getvalue()
-
-
 def write_shard(folder: Path, name: str, *, num: int = 12, has_noise: bool = True) -> None:
     """Write a shard of pictures into `web/`, and what CapFilt would make of it into `capfilt/`."""
-    rule = KeepRule()
-    shard = folder / "web" / f"{name}.tar"
-    kept, dropped, lines = Counter[str](), dict[str, Counter[str]](), []
-    with ShardWriter(shard) as writer:
-        for index in range(num):
-            key = f"{name}_{index}"
-            # The third noise kind is a true caption that is dropped, the fourth a wrong one kept.
-            probability = (0.9, 0.1, 0.4, 0.6)[index % 4]
-            web = Caption(NASTY if index % 2 else f"web {index}", match_probability=probability)
-            written = replace(web, source="synthetic", match_probability=1 - probability)
-            if index % 3:
-                written = replace(written, text=f"synthetic {index}")
-            captions = rule.apply([web, written])
-            meta = {"noise": NOISES[index % 4]} if has_noise else {}
-            writer.write(Sample(key, picture(index), (web,), meta))
-            lines.append({"key": key, "captions": [c.to_json() for c in captions], "meta": meta})
-            for caption in captions:
-                if caption.drop_reason is None:
-                    kept[caption.source] += 1
-                else:
-                    dropped.setdefault(caption.source, Counter())[caption.drop_reason] += 1
-    manifest = Manifest(
-        shard=str(shard), input_checksum="1", output_checksum="2", captioner="c0ffee",
-        filter="f117e7", settings=CapfiltRecipe(keep=rule).model_dump(mode="json"), version="0",
-        num_images=num, bad={"truncated": 2}, kept=dict(kept),
-        dropped={source: dict(reasons) for source, reasons in dropped.items()},
-        seconds={"total": 2.0},
-    )  # fmt: skip
-    (folder / "capfilt").mkdir(exist_ok=True)
-    text = "".join(json.dumps(line) + "\n" for line in lines)
-    (folder / "capfilt" / f"{name}.captions.jsonl").write_text(text, encoding="utf-8")
-    write_json_atomically(folder / "capfilt" / f"{name}.json", manifest.to_json())
+    images = []
+    for index in range(num):
+        # The third noise kind is a true caption that is dropped, the fourth a wrong one kept.
+        probability = (0.9, 0.1, 0.4, 0.6)[index % 4]
+        web = Caption(NASTY if index % 2 else f"web {index}", match_probability=probability)
+        written = replace(web, source="synthetic", match_probability=1 - probability)
+        if index % 3:
+            written = replace(written, text=f"synthetic {index}")
+        meta = {"noise": NOISES[index % 4]} if has_noise else {}
+        images.append(JudgedImage(f"{name}_{index}", KeepRule().apply([web, written]), meta))
+    write_judged(folder, name, images)
 
 
 @pytest.fixture
@@ -116,6 +86,70 @@ def test_the_counts_of_a_shard_that_was_really_done_add_up(shard, models, tmp_pa
     check_sums(report)
     assert sum(report["bad"].values()) == 3
     assert set(report["captions"]) == {"web", "synthetic", "human"}
+    assert "planted_truth" not in report
+
+
+NEW_REASONS = ("dissimilar", "near_duplicate", "outranked", "too_common")
+
+
+@pytest.fixture
+def prefiltered(tmp_path: Path) -> Path:
+    """Write six images: four web captions of new drop reasons, the first of them without ITM."""
+    images = []
+    for index, reason in enumerate((*NEW_REASONS, None, None)):
+        probability = None if reason == "dissimilar" else 0.8
+        web = Caption(f"web {index}", "web", probability, 0.1 * index, drop_reason=reason)
+        meta = {"noise": "alt_text" if index in (0, 1) else "none"}
+        images.append(JudgedImage(f"k{index}", (web,), meta))
+    return write_judged(tmp_path, "00000", images)
+
+
+def test_captions_that_itm_did_not_judge_are_counted_and_shown(prefiltered):
+    report = write_capfilt_report(prefiltered)
+    assert report["captions"]["web"] == {
+        "judged": 6, "kept": 2, "dropped": dict.fromkeys(NEW_REASONS, 1), "keep_rate": 1 / 3,
+    }  # fmt: skip
+    matches = report["match_probability"]
+    assert matches["not_judged"] == {"web": 1}
+    assert sum(matches["by_source"]["web"]) == 5
+    assert {noise: sum(bins) for noise, bins in matches["by_noise"].items()} == {
+        "none": 4, "alt_text": 1,
+    }  # fmt: skip
+    page = (prefiltered / "report.html").read_text(encoding="utf-8")
+    assert "Left out, as ITM did not judge them: web 1." in page
+    assert page.count("not judged by ITM</span>") == 1
+    for reason in NEW_REASONS:
+        assert f"dropped: {reason.replace('_', ' ')}</span>" in page
+
+
+def test_an_unjudged_caption_counts_as_dropped_and_not_in_the_auc(prefiltered):
+    truth = capfilt_report(prefiltered)["planted_truth"]
+    assert truth["num_captions"] == {"none": 4, "alt_text": 2}
+    assert truth["num_not_judged"] == {"none": 0, "alt_text": 1}
+    assert truth["keep_rate"] == {"none": 1, "alt_text": 0.5}
+    assert truth["roc_auc"] == 0.5  # all match probabilities are equal
+
+
+def test_a_kind_of_noise_that_itm_never_saw_has_no_auc(tmp_path):
+    rows = [(0.9, "none"), (0.1, "other_caption"), (None, "alt_text")]
+    images = [
+        JudgedImage(f"k{index}", (Caption("a", "web", p, 0.0, drop_reason=None if p else "x"),),
+                    {"noise": noise})
+        for index, (p, noise) in enumerate(rows)
+    ]  # fmt: skip
+    out = write_judged(tmp_path, "00000", images)
+    truth = write_capfilt_report(out)["planted_truth"]
+    assert truth["roc_auc_by_noise"] == {"other_caption": 1}
+    assert truth["num_captions"] == {"none": 1, "alt_text": 1, "other_caption": 1}
+    assert truth["keep_rate"] == {"none": 1, "alt_text": 0, "other_caption": 0}
+
+
+def test_a_folder_that_itm_never_saw_has_a_report(tmp_path):
+    caption = Caption("a", "web", None, 0.0, drop_reason="dissimilar")
+    out = write_judged(tmp_path, "00000", [JudgedImage("k", (caption,), {"noise": "none"})])
+    report = write_capfilt_report(out)
+    assert report["match_probability"]["by_source"] == {"web": [0] * NUM_BINS}
+    assert report["match_probability"]["by_noise"] == {}
     assert "planted_truth" not in report
 
 
