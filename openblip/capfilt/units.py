@@ -88,11 +88,17 @@ def stamp_of(shard: Shard) -> tuple[int, int] | None:
 
 def checksum_of(shard: Shard) -> str:
     """Return the hash of a shard's bytes; of a folder, of its files' names and sizes."""
-    return _checksum(shard, stamp_of(shard))
+    stamp = stamp_of(shard)
+    # Without a stamp nobody knows whether it has changed.
+    return _checksum(shard) if stamp is None else _checksum_at(shard, stamp)
 
 
 @lru_cache(maxsize=64)  # the parts of a shard follow each other
-def _checksum(shard: Shard, stamp: tuple[int, int] | None) -> str:
+def _checksum_at(shard: Shard, stamp: tuple[int, int]) -> str:
+    return _checksum(shard)
+
+
+def _checksum(shard: Shard) -> str:
     with shard.opened() as path:
         if not path.is_dir():
             return checksum(path)

@@ -24,19 +24,21 @@ class Caption:
     text: str
     source: CaptionSource = "web"
     match_probability: float | None = None
-    match_probabilities: tuple[float, ...] | None = None
     similarity: float | None = None
     mean_log_probability: float | None = None
     model: str | None = None
-    prompt: str | None = None
     decoding: Mapping[str, object] | None = None
     seed: int | None = None
     filter_model: str | None = None
     drop_reason: str | None = None
+    match_probabilities: tuple[float, ...] | None = None
+    prompt: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return what is known, without the fields that are None."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
+        if self.match_probabilities is not None:
+            values["match_probabilities"] = list(self.match_probabilities)
         return {name: value for name, value in values.items() if value is not None}
 
     @classmethod

@@ -76,6 +76,8 @@ class ParquetWriter(SampleWriter):
                     ("seed", pyarrow.int64()),
                     ("filter_model", text),
                     ("drop_reason", text),
+                    ("match_probabilities", pyarrow.list_(real)),
+                    ("prompt", text),
                 ]
             )
         )

@@ -31,6 +31,8 @@ FULL = Caption(
     seed=2**63 - 1,
     filter_model="def",
     drop_reason="unmatched",
+    match_probabilities=(0.1, 0.5),
+    prompt="a picture of ",
 )
 ODD_META = {
     "key": "another",
