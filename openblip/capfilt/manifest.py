@@ -10,6 +10,7 @@ A unit `x` becomes, in the output folder,
 """
 
 import json
+import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -75,7 +76,8 @@ class Manifest:
     @property
     def output(self) -> OutputKind:
         """The kind of file that the samples were written to."""
-        kind: OutputKind = self.settings["output"]
+        # Earlier versions wrote tar alone.
+        kind: OutputKind = self.settings.get("output", "tar")
         return kind
 
 
@@ -109,6 +111,17 @@ def manifests(folder: Path) -> list[Path]:
         for path in sorted(folder.glob("*.json"))
         if OutputPaths.of(path.stem, folder).captions.exists()
     ]
+
+
+def remove_unit(manifest: Path) -> None:
+    """Remove all files of a unit that is done, the manifest first."""
+    done = Manifest.read(manifest)
+    paths = OutputPaths.of(manifest.name.removesuffix(".json"), manifest.parent, done.output)
+    for path in (paths.manifest, paths.data, paths.captions, paths.failed):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def read_judged(path: Path) -> Iterator[JudgedImage]:

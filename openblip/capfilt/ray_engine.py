@@ -1,6 +1,7 @@
 """CapFilt's units on the actors of a Ray cluster."""
 
 import logging
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
@@ -82,7 +83,10 @@ class _RayPool:
         for _ in range(num_workers):
             self._add()
         while not self._queue.is_finished or not self._is_open:
-            finished, _ = self._ray.wait(list(self._running), num_returns=1, timeout=POLL_S)
+            if not self._running:  # what is left is to be tried again later
+                time.sleep(POLL_S)
+            waiting = list(self._running)
+            finished = self._ray.wait(waiting, num_returns=1, timeout=POLL_S)[0] if waiting else []
             for reference in finished:
                 self._finish(reference, *self._running.pop(reference))
             self._ask_for_progress()

@@ -17,6 +17,7 @@ from openblip.capfilt.manifest import (
     manifests,
     read_failed,
     read_judged,
+    remove_unit,
 )
 from openblip.capfilt.ray_engine import run_ray
 from openblip.capfilt.recipe import recipe_of
@@ -137,12 +138,7 @@ def check_cut(output: Path, units: Sequence[Unit], *, is_forced: bool) -> None:
             raise OtherRunError(
                 path, [f"{done.shard} was cut into {done.num_parts} units, and now is not"]
             )
-        paths = OutputPaths.of(path.stem, output, done.output)
-        for file in (paths.manifest, paths.data, paths.captions, paths.failed):
-            if file.is_dir():
-                shutil.rmtree(file)
-            else:
-                file.unlink(missing_ok=True)
+        remove_unit(path)
 
 
 def remove_leftovers(output: Path) -> None:

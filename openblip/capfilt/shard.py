@@ -36,11 +36,10 @@ from openblip.capfilt.manifest import (
 )
 from openblip.capfilt.models import EncodedBatch, Models
 from openblip.capfilt.recipe import CapfiltRecipe, recipe_of, settings_of
-from openblip.capfilt.units import Unit, checksum_of, stamp_of, whole
-from openblip.data.remote import RemoteAbsentError
+from openblip.capfilt.units import Snapshot, Unit, checksum_of, stamp_of, whole
 from openblip.data.rows import BadSample
 from openblip.data.samples import Sample
-from openblip.data.shards import Shard, checksum
+from openblip.data.shards import checksum
 from openblip.data.sinks import whole_file, write_json_atomically
 from openblip.data.sources import Address
 from openblip.data.writers import open_writer
@@ -85,13 +84,14 @@ def process_shard(
     done = done_manifest(unit, folder, models.captioner_ids, models.filter_ids, recipe)
     if done is not None:
         return done
+    read = Snapshot.of(unit)
     run = _Run(unit, models, recipe, on_progress)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=folder) as file:
         spool = _Spool(file)
         judged = list(run.judge_all(spool))
         return _write(
-            paths, unit, select(judged, recipe.keep), spool.samples(), run.failed, run.seconds,
+            paths, read, select(judged, recipe.keep), spool.samples(), run.failed, run.seconds,
             captioner=models.captioner_ids, judge=models.filter_ids, settings=settings_of(recipe),
         )  # fmt: skip
 
@@ -140,14 +140,15 @@ def rethreshold_shard(manifest: Path, folder: Path, keep: KeepRule) -> Manifest:
     start = time.monotonic()
     done = Manifest.read(manifest)
     unit = done.unit(manifest.name.removesuffix(".json"))
-    if not _is_unchanged(unit.shard, done):
+    read = Snapshot.if_there(unit)
+    if read is None or read.checksum != done.input_checksum:
         raise ValueError(f"{unit.shard}, whose images {manifest} judged, is gone or has changed")
     given = OutputPaths.of(unit.name, manifest.parent, done.output)
     judged = select(list(read_judged(given.captions)), keep)
     folder.mkdir(parents=True, exist_ok=True)
     return _write(
         OutputPaths.of(unit.name, folder, done.output),
-        unit,
+        read,
         judged,
         unit.samples(),
         read_failed(given.failed),
@@ -168,18 +169,18 @@ def retry_shard(manifest: Path, models: Models) -> Manifest:
     recipe = recipe_of(done)
     unit = done.unit(manifest.name.removesuffix(".json"))
     paths = OutputPaths.of(unit.name, manifest.parent, done.output)
-    _refuse_changes(
-        manifest,
-        [
-            ("captioner", done.captioner, models.captioner_ids),
-            ("filter", done.filter, models.filter_ids),
-        ],
-    )
+    for what, before_id, now_id in (
+        ("captioner", done.captioner, models.captioner_ids),
+        ("filter", done.filter, models.filter_ids),
+    ):
+        if before_id != now_id:
+            raise ValueError(f"{manifest} is of the {what} {before_id}, not of {now_id}: take that")
     failed = read_failed(paths.failed)
     before = {image.key: image for image in read_judged(paths.captions)}
     wanted = {bad.key for bad in failed if bad.reason not in LEFT_OUT} - before.keys()
     if not wanted:
         return done
+    read = Snapshot.of(unit)
     run = _Run(unit, models, recipe, only=frozenset(wanted))
     new = {image.key: image for image in run.judge_all(None)}
     if not new:
@@ -191,15 +192,16 @@ def retry_shard(manifest: Path, models: Models) -> Manifest:
         if bad.key not in new or bad.key in before
     ]
     # The input's order is that of an undisturbed run.
-    judged = [
-        image
-        for sample in unit.samples()
-        if (image := before.pop(sample.key, None) or new.pop(sample.key, None)) is not None
-    ]
+    judged = []
+    for sample in unit.samples():
+        image = before.pop(sample.key, None) or new.pop(sample.key, None)
+        if image is not None:
+            _check_image(unit, sample, image)
+            judged.append(image)
     if before:
         raise ValueError(f"{unit}: {next(iter(before))}, which {manifest} judged, is gone")
     return _write(
-        paths, unit, select(judged, recipe.keep), unit.samples(), still, run.seconds,
+        paths, read, select(judged, recipe.keep), unit.samples(), still, run.seconds,
         captioner=done.captioner, judge=done.filter, settings=done.settings,
     )  # fmt: skip
 
@@ -278,7 +280,7 @@ def image_hash(data: bytes) -> str:
 
 def _write(
     paths: OutputPaths,
-    unit: Unit,
+    read: Snapshot,
     judged: Sequence[JudgedImage],
     samples: Iterable[Sample],
     failed: list[BadSample],
@@ -290,6 +292,8 @@ def _write(
 ) -> Manifest:
     """Write the files of a unit, the manifest last; `samples` come in the order of `judged`."""
     begun = time.monotonic()
+    unit = read.unit
+    read.check()
     kept: Counter[str] = Counter()
     dropped: dict[str, Counter[str]] = {}
     for image in judged:
@@ -319,8 +323,8 @@ def _write(
         shard=str(unit.shard.absolute()),
         part=unit.part,
         num_parts=unit.num_parts,
-        input_checksum=checksum_of(unit.shard),
-        input_stamp=stamp_of(unit.shard),
+        input_checksum=read.checksum,
+        input_stamp=read.stamp,
         output_checksum=checksum(paths.data),
         captioner=captioner,
         filter=judge,
@@ -347,10 +351,7 @@ def _matched(
     image = next(waiting, None)
     for sample in samples:
         if image is not None and sample.key == image.key:
-            if image.image_hash not in ("", image_hash(sample.image_bytes)):
-                raise ValueError(
-                    f"{unit}: the image of {sample.key} has changed since it was judged"
-                )
+            _check_image(unit, sample, image)
             yield sample, image
             image = next(waiting, None)
     if image is not None:
@@ -383,8 +384,7 @@ def _refuse_changes(path: Path, pairs: Sequence[tuple[str, object, object]]) -> 
         raise OtherRunError(path, changes)
 
 
-def _is_unchanged(shard: Shard, done: Manifest) -> bool:
-    try:
-        return checksum_of(shard) == done.input_checksum
-    except (FileNotFoundError, RemoteAbsentError):
-        return False
+def _check_image(unit: Unit, sample: Sample, image: JudgedImage) -> None:
+    # Folders of earlier versions have no hashes.
+    if image.image_hash not in ("", image_hash(sample.image_bytes)):
+        raise ValueError(f"{unit}: the image of {sample.key} has changed since it was judged")

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
+from openblip.data.remote import RemoteAbsentError
 from openblip.data.rows import Build
 from openblip.data.samples import Sample
 from openblip.data.shards import Shard, checksum
@@ -37,6 +38,33 @@ class Unit:
         for entry in read_part(self.shard, self.part, self.num_parts):
             if isinstance(entry, Sample):
                 yield entry
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A unit as it was before it was read."""
+
+    unit: Unit
+    checksum: str
+    stamp: tuple[int, int] | None
+
+    @classmethod
+    def of(cls, unit: Unit) -> "Snapshot":
+        """Take one. Raises FileNotFoundError or RemoteError if the shard is not there."""
+        return cls(unit, checksum_of(unit.shard), stamp_of(unit.shard))
+
+    @classmethod
+    def if_there(cls, unit: Unit) -> "Snapshot | None":
+        """Take one, None if the shard is not there."""
+        try:
+            return cls.of(unit)
+        except (FileNotFoundError, RemoteAbsentError):
+            return None
+
+    def check(self) -> None:
+        """Raise ValueError if the shard has changed since."""
+        if self.stamp != stamp_of(self.unit.shard):
+            raise ValueError(f"{self.unit.shard} was changed while it was read: run it once more")
 
 
 def whole(address: Address) -> Unit:

@@ -17,6 +17,7 @@ import torch
 from openblip.capfilt.calibration import read_temperature
 from openblip.capfilt.captioner import Captioner
 from openblip.capfilt.filter import Filter
+from openblip.capfilt.manifest import remove_unit
 from openblip.capfilt.models import Models
 from openblip.capfilt.recipe import CapfiltRecipe
 from openblip.capfilt.shard import OnProgress, OtherRunError, done_manifest, process_shard
@@ -124,7 +125,7 @@ class Queue:
             except OtherRunError as error:
                 if not self.is_forced:
                     raise
-                error.manifest.unlink()
+                remove_unit(error.manifest)
                 done = None
             if done is None:
                 self._waiting.append((0.0, unit))

@@ -382,3 +382,38 @@ def test_leftovers_go(tmp_path: Path) -> None:
     (tmp_path / "x.tar").write_text("whole")
     remove_leftovers(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["x.tar"]
+
+
+def test_a_shard_that_changes_while_it_is_read_is_not_done(
+    tmp_path: Path, models: Models, recipe: CapfiltRecipe
+) -> None:
+    source = write_shard(tmp_path / "a.tar", "xyz")
+
+    def change(*_: object) -> None:
+        write_shard(source, "xyzw")
+
+    with pytest.raises(ValueError, match="was changed while it was read"):
+        process_shard(source, tmp_path / "out", models, recipe, on_progress=change)
+    assert manifests(tmp_path / "out") == []
+
+
+def test_force_leaves_nothing_of_another_kind(
+    tmp_path: Path, models: Models, recipe: CapfiltRecipe
+) -> None:
+    """A folder with an old tar beside new parquet would be read as the tar."""
+    units = units_of(write_shard(tmp_path / "a.tar", "xyz"))
+    run(units, job := Job((), (), recipe, tmp_path / "out"), models)
+    parquet = replace(job, recipe=recipe.model_copy(update={"output": "parquet"}))
+    run(units, parquet, models, is_forced=True)
+    assert sorted(path.name for path in job.output.iterdir()) == [
+        "a.captions.jsonl", "a.json", "a.parquet",
+    ]  # fmt: skip
+
+
+def test_another_model_cannot_retry(shard: Path, models: Models, tmp_path: Path) -> None:
+    [captioner] = models.captioners
+    recipe = CapfiltRecipe(decoding=captioner.decoding, prompts=captioner.prompts)
+    process_shard(shard, tmp_path / "out", models, recipe)
+    twice = replace(models, captioners=(captioner, captioner))
+    with pytest.raises(ValueError, match=f"is of the captioner {captioner.model}, not of"):
+        retry_shard(tmp_path / "out" / "00000.json", twice)
