@@ -13,7 +13,7 @@ from openblip.capfilt.images import ImageChecks
 from openblip.capfilt.keep import KeepRule
 from openblip.capfilt.recipe import CapfiltRecipe
 from openblip.cli import app
-from openblip.config import load_recipe
+from openblip.config import Recipe, load_recipe
 from openblip.generation import Decoding
 
 TEXT = (Path(__file__).resolve().parents[2] / "docs" / "capfilt.md").read_text(encoding="utf-8")
@@ -28,7 +28,7 @@ def table(first_header: str) -> list[list[str]]:
 
 
 def test_the_table_of_settings_has_every_key_and_no_other() -> None:
-    parts = {"keep": KeepRule, "images": ImageChecks}
+    parts: dict[str, type[Recipe]] = {"keep": KeepRule, "images": ImageChecks}
     there = {key for key in CapfiltRecipe.model_fields if key not in parts}
     there |= {f"{part}.{key}" for part, recipe in parts.items() for key in recipe.model_fields}
     told = [name.strip("`") for name, *_ in table("key")]
