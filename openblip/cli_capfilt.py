@@ -43,7 +43,11 @@ RecipeFile = Annotated[
 ]
 NumThreads = Annotated[
     int,
-    typer.Option("--threads", min=0, help="Of a worker; 0 divides the cores among the workers."),
+    typer.Option(
+        "--threads",
+        min=0,
+        help="Of a worker; 0 divides the cores among a pool, and takes Ray's --cpus-per-worker.",
+    ),
 ]
 Device = Annotated[
     Literal["cpu", "cuda"], typer.Option(help="Where the models run; workers take GPUs in turn.")
@@ -68,6 +72,7 @@ def capfilt_run(
     workers: Annotated[
         int, typer.Option(min=0, help="Processes or actors; 0 takes one per GPU or core.")
     ] = 0,
+    tasks: Annotated[int, typer.Option(min=0, help="Of the Slurm array, as `plan` writes it.")] = 0,
     threads: NumThreads = 0,
     device: Device = "cpu",
     address: Annotated[
@@ -95,10 +100,12 @@ def capfilt_run(
     from openblip.capfilt.report import write_capfilt_report
     from openblip.capfilt.run import EngineChoice, num_workers, run_capfilt
 
-    choice = EngineChoice(engine, workers, address, cpus_per_worker, gpus_per_worker)
+    choice = EngineChoice(engine, workers, tasks, address, cpus_per_worker, gpus_per_worker)
     job = _job(captioners, filters, recipe, overrides, output, threads, device)
-    if engine in ("pool", "ray") and not threads:
-        job = _divided(job, num_workers(choice, job))
+    if engine == "pool" and not threads:
+        job = replace(job, num_threads=max(1, (os.cpu_count() or 1) // num_workers(choice, job)))
+    if engine == "ray" and not threads:
+        job = replace(job, num_threads=max(1, int(cpus_per_worker)))
     outcome = run_capfilt(source, job, choice, is_forced=is_forced)
     for name, reason in outcome.failed.items():
         say(f"not done: {name}: {reason}")
@@ -108,6 +115,8 @@ def capfilt_run(
     elif len(outcome.failed) < outcome.num_units:
         report = {**write_capfilt_report(output), **outcome.to_json()}
         answer(report, capfilt_text(report, output), as_json=as_json)
+    else:
+        answer(outcome.to_json(), "nothing was done", as_json=as_json)
     if outcome.failed:
         raise typer.Exit(EXIT_FAILED_UNITS)
 
@@ -140,7 +149,7 @@ def capfilt_plan(
     for option, values in (
         ("--captioner", captioners), ("--filter", filters), ("--set", overrides or []),
         ("--recipe", [] if recipe is None else [str(recipe)]), ("--threads", [str(threads)]),
-        ("--device", [device]), ("--engine", ["slurm"]),
+        ("--device", [device]), ("--engine", ["slurm"]), ("--tasks", [str(tasks)]),
     ):  # fmt: skip
         for value in values:
             command += [option, value]
@@ -154,6 +163,8 @@ def capfilt_retry(
     folder: Done,
     captioners: Captioners,
     filters: Filters,
+    threads: NumThreads = 0,
+    device: Device = "cpu",
     as_json: AsJson = False,
 ) -> None:
     """Caption and judge what failed, and nothing else.
@@ -164,7 +175,7 @@ def capfilt_retry(
     from openblip.capfilt.report import write_capfilt_report
     from openblip.capfilt.run import retry_capfilt
 
-    num = retry_capfilt(folder, captioners, filters)
+    num = retry_capfilt(folder, captioners, filters, threads, device)
     report = {**write_capfilt_report(folder), "num_retried": num}
     text = f"{num} images that had failed are captioned now\n{capfilt_text(report, folder)}"
     answer(report, text, as_json=as_json)
@@ -305,8 +316,3 @@ def _job(
 
     settings = load_recipe(CapfiltRecipe, recipe, overrides or ())
     return Job(tuple(captioners), tuple(filters), settings, output, threads, device)
-
-
-def _divided(job: "Job", workers: int) -> "Job":
-    """Return the job with the cores divided among so many workers."""
-    return replace(job, num_threads=max(1, (os.cpu_count() or 1) // workers))

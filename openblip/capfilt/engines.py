@@ -149,18 +149,17 @@ def _serve(connection: Connection, job: Job, number: int) -> None:
             connection.send(("raised", error))
 
 
-def slurm_share(units: Sequence[Unit]) -> list[Unit]:
-    """Return the units of this task of a Slurm array: every n-th one.
+def slurm_share(units: Sequence[Unit], num_tasks: int) -> list[Unit]:
+    """Return the units of this task of a Slurm array, whose tasks count from 0: every n-th one.
 
-    Raises ValueError outside of an array.
+    num_tasks  of the whole array, though some of them alone may have been submitted again
+    Raises ValueError outside of an array, and for a task beyond its end.
     """
-    try:
-        number, first, count = (
-            int(os.environ[f"SLURM_ARRAY_TASK_{name}"]) for name in ("ID", "MIN", "COUNT")
-        )
-    except KeyError as error:
-        raise ValueError(
-            f"{error.args[0]} is not set: --engine slurm is for the tasks of an array, as the "
-            "script of `openblip capfilt plan` starts them"
-        ) from error
-    return list(units[number - first :: count])
+    name = "SLURM_ARRAY_TASK_ID"
+    advice = "--engine slurm is for the array that the script of `openblip capfilt plan` starts"
+    if name not in os.environ:
+        raise ValueError(f"{name} is not set: {advice}")
+    number = int(os.environ[name])
+    if not 0 <= number < num_tasks:
+        raise ValueError(f"{name} is {number}, and --tasks {num_tasks}: {advice}")
+    return list(units[number::num_tasks])

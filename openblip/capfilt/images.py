@@ -22,6 +22,9 @@ from openblip.images import ImageDecodeError, decode_image, eval_transform
 TOO_SMALL, TOO_LONG, SEEN = "small_image", "extreme_aspect", "near_duplicate_image"
 REPEATED_KEY = "repeated_key"
 UNREACHABLE = "unreachable_image"
+UNWANTED = "predicate"
+LEFT_OUT = frozenset({TOO_SMALL, TOO_LONG, SEEN, REPEATED_KEY, UNWANTED})
+"""Reasons that are a choice, and no failure: such samples are not tried again."""
 HASH_SIDE = 8
 
 Predicate = Callable[[Sample], bool | str]
@@ -147,10 +150,10 @@ def refusal(predicate: Predicate, sample: Sample) -> str | None:
     try:
         wanted = predicate(sample)
     except Exception as error:  # the user's code; one sample must not stop the job
-        return f"predicate_{type(error).__name__}"
+        return f"predicate failed: {type(error).__name__}"
     if isinstance(wanted, str):
-        return wanted
-    return None if wanted else "predicate"
+        return f"{UNWANTED}: {wanted}"
+    return None if wanted else UNWANTED
 
 
 @lru_cache(maxsize=8)
@@ -164,6 +167,11 @@ def load_predicate(address: str) -> Predicate:
         raise ValueError(f"{file} has no function {name!r}")
     predicate: Predicate = function
     return predicate
+
+
+def is_left_out(reason: str) -> bool:
+    """Say whether a reason is a choice; what the user's predicate says stands behind a colon."""
+    return reason.partition(":")[0] in LEFT_OUT
 
 
 def stack(batch: list[Prepared]) -> dict[int, Tensor]:

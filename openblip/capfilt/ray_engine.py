@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -21,7 +21,8 @@ def run_ray(
 ) -> None:
     """Work on all units on the actors of a Ray cluster; one that is lost is replaced.
 
-    num_workers  most actors; those that the cluster has no room for yet wait until it has grown
+    num_workers  most actors; those that the cluster has no room for yet wait until it has grown;
+                 0 takes as many as it has room for now
     address      of a cluster; None starts one on this machine
     Raises ValueError if Ray is not installed, or the cluster cannot be reached.
     """
@@ -30,7 +31,7 @@ def run_ray(
     except ImportError as error:
         raise ValueError("Ray is not installed: pip install 'openblip[ray]'") from error
     try:
-        ray.init(address=address, include_dashboard=False, log_to_driver=False,
+        ray.init(address=address or "local", include_dashboard=False, log_to_driver=False,
                  logging_level=logging.WARNING)  # fmt: skip
     except ConnectionError as error:
         raise ValueError(f"no Ray cluster answers at {address}: {error}") from error
@@ -40,10 +41,20 @@ def run_ray(
             # The second thread says how far the first one is.
             "max_concurrency": 2,
         }  # fmt: skip
+        cluster: Any = ray  # it has no types
+        if not num_workers:
+            num_workers = room_for(cluster.cluster_resources(), cpus_per_worker, gpus_per_worker)
         actor = ray.remote(RayWorker).options(**options)
         _RayPool(queue, progress, ray, lambda: actor.remote(queue.job)).run(num_workers)
     finally:
         ray.shutdown()
+
+
+def room_for(resources: Mapping[str, float], cpus: float, gpus: float) -> int:
+    """Return how many workers of so many CPUs and GPUs a cluster holds, 1 at least."""
+    wanted = {"CPU": cpus, "GPU": gpus}
+    shares = [resources.get(name, 0.0) / each for name, each in wanted.items() if each]
+    return max(1, int(min(shares, default=1)))
 
 
 class RayWorker:

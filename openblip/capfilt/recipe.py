@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from openblip.capfilt.images import ImageChecks
 from openblip.capfilt.keep import KeepRule
@@ -45,6 +45,16 @@ class CapfiltRecipe(Recipe):
     batch_size: int = Field(32, ge=1)
     dtype: Precision = "float32"
     seed: int = 42
+
+    @model_validator(mode="after")
+    def _has_as_many_captions(self) -> "CapfiltRecipe":
+        most = {"greedy": 1, "beam": self.decoding.num_beams}.get(self.decoding.method)
+        if most is not None and self.captions_per_image > most:
+            raise ValueError(
+                f"captions_per_image is {self.captions_per_image}, and {self.decoding.method} "
+                f"decoding has {most}"
+            )
+        return self
 
 
 def settings_of(recipe: CapfiltRecipe) -> dict[str, Any]:

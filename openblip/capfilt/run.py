@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from openblip.capfilt.engines import run_here, run_pool, slurm_share
+from openblip.capfilt.images import is_left_out
 from openblip.capfilt.keep import EMPTY, least_of_share
 from openblip.capfilt.manifest import (
     Manifest,
@@ -21,7 +22,7 @@ from openblip.capfilt.manifest import (
 )
 from openblip.capfilt.ray_engine import run_ray
 from openblip.capfilt.recipe import recipe_of
-from openblip.capfilt.shard import LEFT_OUT, OtherRunError, retry_shard
+from openblip.capfilt.shard import OtherRunError, retry_shard
 from openblip.capfilt.units import Unit, list_units
 from openblip.capfilt.work import Job, Queue, RunProgress
 from openblip.data.samples import CaptionSource
@@ -38,6 +39,7 @@ class EngineChoice:
     """Where the units are worked on.
 
     num_workers      processes or actors; 0 takes one per GPU, or one per core
+    num_tasks        of a Slurm array
     address          of a Ray cluster; None starts one on this machine
     cpus_per_worker  that Ray reserves for an actor
     gpus_per_worker  that Ray reserves for an actor; 0.5 lets two share one
@@ -45,6 +47,7 @@ class EngineChoice:
 
     name: EngineName = "local"
     num_workers: int = 0
+    num_tasks: int = 0
     address: str | None = None
     cpus_per_worker: float = 1.0
     gpus_per_worker: float = 0.0
@@ -77,7 +80,7 @@ def run_capfilt(source: str, job: Job, engine: EngineChoice, *, is_forced: bool 
     check_output(source, job.output)
     units = units_of(source, job)
     check_cut(job.output, units, is_forced=is_forced)
-    own = slurm_share(units) if engine.name == "slurm" else units
+    own = slurm_share(units, engine.num_tasks) if engine.name == "slurm" else units
     queue = Queue(own, job, is_forced)
     with ProgressLine("CapFilt", None, unit="images") as line:
         progress = RunProgress(line, queue)
@@ -86,7 +89,7 @@ def run_capfilt(source: str, job: Job, engine: EngineChoice, *, is_forced: bool 
                 run_pool(queue, progress, num_workers(engine, job))
             case "ray":
                 run_ray(
-                    queue, progress, num_workers(engine, job), address=engine.address,
+                    queue, progress, engine.num_workers, address=engine.address,
                     cpus_per_worker=engine.cpus_per_worker, gpus_per_worker=engine.gpus_per_worker,
                 )  # fmt: skip
             case _:
@@ -103,7 +106,7 @@ def units_of(source: str, job: Job) -> list[Unit]:
 
 
 def num_workers(engine: EngineChoice, job: Job) -> int:
-    """Return the number of processes of a pool, or of actors."""
+    """Return the number of processes of a pool."""
     if engine.num_workers:
         return engine.num_workers
     if job.device != "cpu":
@@ -173,24 +176,32 @@ def threshold_of_share(
     return least_of_share(probabilities, share)
 
 
-def retry_capfilt(output: Path, captioners: Sequence[str], filters: Sequence[str]) -> int:
+def retry_capfilt(
+    output: Path,
+    captioners: Sequence[str],
+    filters: Sequence[str],
+    num_threads: int = 0,
+    device: str = "cpu",
+) -> int:
     """Caption and judge what failed in all units of a folder; return how many images succeeded.
 
-    Raises ValueError if nothing was done there, and OtherRunError for other models.
+    num_threads, device  as of `Job`
+    Raises ValueError if nothing was done there, and for other models.
     """
     done = manifests(output)
     if not done:
         raise ValueError(f"{output} holds no unit that `openblip capfilt run` did")
     num_before = num_after = 0
-    models = None
+    models, loaded_for = None, None
     for path in done:
         manifest = Manifest.read(path)
         failed = read_failed(OutputPaths.of(path.stem, output, manifest.output).failed)
-        if all(bad.reason in LEFT_OUT for bad in failed):
+        if all(is_left_out(bad.reason) for bad in failed):
             continue
-        if models is None:
-            recipe = recipe_of(manifest)
-            models = Job(tuple(captioners), tuple(filters), recipe, output).load()
+        recipe = recipe_of(manifest)
+        if models is None or recipe != loaded_for:  # several runs may have left units here
+            job = Job(tuple(captioners), tuple(filters), recipe, output, num_threads, device)
+            models, loaded_for = job.load(), recipe
         num_before += manifest.num_images
         num_after += retry_shard(path, models).num_images
     return num_after - num_before
@@ -213,7 +224,7 @@ def write_plan(output: Path, num_tasks: int, command: Sequence[str], cpus_per_ta
 #SBATCH --array=0-{num_tasks - 1}
 #SBATCH --cpus-per-task={cpus_per_task}
 #SBATCH --requeue
-#SBATCH --output={output.absolute()}/logs/%A_%a.log
+#SBATCH --output="{output.absolute()}/logs/%A_%a.log"
 set -euo pipefail
 cd {shlex.quote(os.getcwd())}
 mkdir -p {folder}

@@ -16,12 +16,9 @@ from typing import IO, Any
 
 from openblip import __version__
 from openblip.capfilt.images import (
-    REPEATED_KEY,
-    SEEN,
-    TOO_LONG,
-    TOO_SMALL,
     ImageReader,
     Prepared,
+    is_left_out,
     load_predicate,
     stack,
 )
@@ -43,9 +40,6 @@ from openblip.data.shards import checksum
 from openblip.data.sinks import whole_file, write_json_atomically
 from openblip.data.sources import Address
 from openblip.data.writers import open_writer
-
-LEFT_OUT = frozenset({TOO_SMALL, TOO_LONG, SEEN, REPEATED_KEY})
-"""Reasons that are a choice, and no failure: such samples are not tried again."""
 
 OnProgress = Callable[[int, float, float], None]
 """Hears of images that were judged, and the seconds waited for them, and spent on them."""
@@ -163,21 +157,23 @@ def retry_shard(manifest: Path, models: Models) -> Manifest:
     """Caption and judge what failed in a unit that is done, and write it anew with what succeeds.
 
     What was left out by choice stays so. Other images keep the judgement that they have.
-    Raises ValueError if an image that was judged is gone or has changed, and for other models.
+    Raises ValueError if an image that was judged is gone or has changed, and for other models or
+    another predicate.
     """
     done = Manifest.read(manifest)
     recipe = recipe_of(done)
     unit = done.unit(manifest.name.removesuffix(".json"))
     paths = OutputPaths.of(unit.name, manifest.parent, done.output)
-    for what, before_id, now_id in (
+    for what, then, now in (
         ("captioner", done.captioner, models.captioner_ids),
         ("filter", done.filter, models.filter_ids),
+        ("predicate", done.settings["predicate"], settings_of(recipe)["predicate"]),
     ):
-        if before_id != now_id:
-            raise ValueError(f"{manifest} is of the {what} {before_id}, not of {now_id}: take that")
+        if then != now:
+            raise ValueError(f"{manifest} is of the {what} {then}, not of {now}: take that")
     failed = read_failed(paths.failed)
     before = {image.key: image for image in read_judged(paths.captions)}
-    wanted = {bad.key for bad in failed if bad.reason not in LEFT_OUT} - before.keys()
+    wanted = {bad.key for bad in failed if not is_left_out(bad.reason)} - before.keys()
     if not wanted:
         return done
     read = Snapshot.of(unit)

@@ -59,6 +59,11 @@ class Job:
             torch.set_num_threads(self.num_threads)
         device = torch.device(self.device)
         if self.device == "cuda":
+            if not torch.cuda.is_available():
+                raise ValueError(
+                    "there is no GPU here for --device cuda; with Ray an actor sees one if "
+                    "--gpus-per-worker is above 0"
+                )
             device = torch.device("cuda", number % torch.cuda.device_count())
         recipe = self.recipe
         loaded = {name: load(name) for name in {*self.captioners, *self.filters}}

@@ -266,8 +266,9 @@ def test_images_are_left_out_by_shape_likeness_and_the_users_word(
     manifest = process_shard(tmp_path / "x.tar", tmp_path / "out", models, recipe)
     paths = OutputPaths.of("x", tmp_path / "out")
     assert {bad.key: bad.reason for bad in read_failed(paths.failed)} == {
-        "b_again": "near_duplicate_image", "c_small": "predicate", "d_unwanted": "not_mine",
-        "e_error": "predicate_ZeroDivisionError", "f_thin": "small_image",
+        "b_again": "near_duplicate_image", "c_small": "predicate",
+        "d_unwanted": "predicate: not_mine",
+        "e_error": "predicate failed: ZeroDivisionError", "f_thin": "small_image",
     }  # fmt: skip
     assert sum(manifest.bad.values()) == 5
     assert recipe_of(manifest) == recipe
@@ -363,12 +364,14 @@ def test_a_share_of_all_captions_is_a_threshold(
 def test_tasks_of_an_array_share_the_units(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     units = [Unit(str(n), Shard("x")) for n in range(10)]
     with pytest.raises(ValueError, match="SLURM_ARRAY_TASK_ID is not set"):
-        slurm_share(units)
+        slurm_share(units, 3)
     seen: list[Unit] = []
-    for task in range(1, 4):
-        for name, value in (("ID", task), ("MIN", 1), ("COUNT", 3)):
-            monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", str(value))
-        seen += slurm_share(units)
+    for task in range(3):
+        monkeypatch.setenv("SLURM_ARRAY_TASK_ID", str(task))
+        seen += slurm_share(units, 3)
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
+    with pytest.raises(ValueError, match="TASK_ID is 3, and --tasks 3"):
+        slurm_share(units, 3)
     assert sorted(seen, key=lambda u: int(u.name)) == units
     script = write_plan(tmp_path / "my out", 3, ["openblip", "capfilt", "run", "a b"], 4)
     text = script.read_text()
