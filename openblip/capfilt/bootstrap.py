@@ -32,14 +32,13 @@ from openblip.capfilt.bootstrap_results import (
     in_round,
     loop_results,
 )
-from openblip.capfilt.captioner import Captioner
-from openblip.capfilt.filter import Filter
 from openblip.capfilt.keep import KeepRule
 from openblip.capfilt.lineage import Made, lineage
 from openblip.capfilt.manifest import manifests
-from openblip.capfilt.models import Models
 from openblip.capfilt.recipe import CapfiltRecipe
-from openblip.capfilt.shard import process_shard, rethreshold_shard
+from openblip.capfilt.run import EngineChoice, run_capfilt, with_threads
+from openblip.capfilt.shard import rethreshold_shard
+from openblip.capfilt.work import Job
 from openblip.captions import clean_caption
 from openblip.checkpoint import load_checkpoint, save_checkpoint, with_roles
 from openblip.config import Recipe, dump_recipe
@@ -53,12 +52,15 @@ from openblip.finetune.retrieval import RetrievalRecipe, finetune_retrieval
 from openblip.generation import Decoding
 from openblip.inference import Engine
 from openblip.models.blip import Blip
+from openblip.models.text import Role
 from openblip.pretrain import PretrainRecipe, pretrain
 from openblip.tokenizer import Tokenizer
 from openblip.training.state import TrainingFiles
 
 ROUND = ("captioner", "filter", "capfilt", "bootstrapped")
 """The stages of a round."""
+
+HERE = EngineChoice()
 
 
 class EvaluationRecipe(Recipe):
@@ -99,20 +101,31 @@ class BootstrapData:
 
 
 def bootstrap(
-    recipe: BootstrapRecipe, data: BootstrapData, out: Path, *, has_ablation: bool = False
+    recipe: BootstrapRecipe,
+    data: BootstrapData,
+    out: Path,
+    *,
+    has_ablation: bool = False,
+    engine: EngineChoice = HERE,
 ) -> dict[str, Any]:
     """Run the loop, or what is left of it, in `out`, and return what `results.json` holds.
 
     has_ablation  train two more models: on web captions that the filter kept, without synthetic
                   ones; and on all web and synthetic captions, unfiltered
-    Raises ValueError if `out` holds a loop of another recipe, or of shards of other names or sizes.
+    engine        where CapFilt's units are worked on; what comes out does not depend on it
+    Raises ValueError if `out` holds a loop of another recipe, or of shards of other names or sizes;
+    if CapFilt could not do some unit; and for the engine `slurm`, of which a task does a part.
     """
-    return _Loop(recipe, data, out).run(has_ablation)
+    if engine.name == "slurm":
+        raise ValueError("engine slurm does a part of CapFilt alone; the loop takes local or pool")
+    return _Loop(recipe, data, out, engine).run(has_ablation)
 
 
 class _Loop:
-    def __init__(self, recipe: BootstrapRecipe, data: BootstrapData, out: Path) -> None:
-        self.recipe, self.data, self.out = recipe, data, out
+    def __init__(
+        self, recipe: BootstrapRecipe, data: BootstrapData, out: Path, engine: EngineChoice
+    ) -> None:
+        self.recipe, self.data, self.out, self.engine = recipe, data, out, engine
         out.mkdir(parents=True, exist_ok=True)
         (out / "logs").mkdir(exist_ok=True)
         self._claim()
@@ -153,18 +166,16 @@ class _Loop:
     def _round(self, number: int, start: str) -> str:
         """Run a round from a pre-trained model; return the name of the new one."""
         captioner, judge, folder, new = (in_round(stage, number) for stage in ROUND)
-        writer = self._model(
+        self._model(
             Made(captioner, "model", (start, "human"), ("captioner",)),
-            lambda: self._finetune_captioner(captioner, self._load(start)),
+            lambda: self._finetune_captioner(captioner, start),
         )
-        has_negatives = self.recipe.has_web_negatives
-        negatives = (WEB,) if has_negatives else ()
-        reader = self._model(
+        negatives = (WEB,) if self.recipe.has_web_negatives else ()
+        self._model(
             Made(judge, "model", (start, "human", *negatives), ("filter", "has_web_negatives")),
-            lambda: self._finetune_filter(judge, self._load(start)),
+            lambda: self._finetune_filter(judge, start),
         )
-        self._capfilt(folder, writer, reader)
-        self.made.append(Made(folder, "data", (WEB, captioner, judge), ("capfilt",)))
+        self._capfilt(folder, captioner, judge)
         return self._pretrained(new)
 
     def _claim(self) -> None:
@@ -197,8 +208,8 @@ class _Loop:
             Tokenizer.train(texts, vocab_size=self.recipe.vocab_size).save(path)
         return Tokenizer.load(path)
 
-    def _model(self, made: Made, train: Callable[[], Blip]) -> Blip:
-        """Return the model of a stage; train and save it first unless that has been done."""
+    def _model(self, made: Made, train: Callable[[], Blip]) -> None:
+        """Train and save the model of a stage, unless that has been done."""
         name = made.name
         folder = self.out / name
         if not folder.exists():
@@ -206,10 +217,10 @@ class _Loop:
                 save_checkpoint(folder, train(), self.tokenizer, _card(name, self.recipe))
         self._files(name).remove_state()
         self.made.append(made)
-        return self._load(name)
 
-    def _load(self, name: str) -> Blip:
-        return load_checkpoint(self.out / name)[0]
+    def _part(self, name: str, *roles: Role) -> Blip:
+        """Return a model of the loop with some of its roles, to be fine-tuned."""
+        return with_roles(load_checkpoint(self.out / name)[0], frozenset(roles))
 
     def _files(self, name: str) -> TrainingFiles:
         return TrainingFiles(
@@ -234,20 +245,20 @@ class _Loop:
         self._model(Made(name, "model", (data, "human", "tokenizer.json"), ("pretrain",)), train)
         return name
 
-    def _finetune_captioner(self, name: str, start: Blip) -> Blip:
+    def _finetune_captioner(self, name: str, start: str) -> Blip:
         return finetune_captioning(
             self.recipe.captioner,
-            with_roles(start, frozenset({"decode"})),
+            self._part(start, "decode"),
             [self.data.human],
             self.tokenizer,
             files=self._files(name),
             title=f"fine-tuning {name}",
         )
 
-    def _finetune_filter(self, name: str, start: Blip) -> Blip:
+    def _finetune_filter(self, name: str, start: str) -> Blip:
         return finetune_retrieval(
             self.recipe.filter,
-            with_roles(start, frozenset({"text", "pair"})),
+            self._part(start, "text", "pair"),
             [self.data.human],
             self.tokenizer,
             files=self._files(name),
@@ -255,22 +266,21 @@ class _Loop:
             negatives=[self.data.web] if self.recipe.has_web_negatives else [],
         )
 
-    def _capfilt(self, folder: str, captioner: Blip, judge: Blip) -> None:
-        recipe = self.recipe.capfilt
-        writer = Captioner(
-            captioner,
-            self.tokenizer,
-            recipe.decoding,
-            recipe.prompts,
-            recipe.captions_per_image,
-            recipe.seed,
-            recipe.dtype,
-        )
-        reader = Filter(judge, self.tokenizer, recipe.dtype)
-        models = Models((writer,), (reader,))
+    def _capfilt(self, folder: str, captioner: str, judge: str) -> None:
+        """Caption and filter the web as it is by two models of the loop.
+
+        Raises ValueError if a unit could not be done; the next start tries it once more.
+        """
+        models = [str(self.out / name) for name in (captioner, judge)]
+        job = Job((models[0],), (models[1],), self.recipe.capfilt, self.out / folder)
         with self._timed(folder):
-            for shard in list_shards(self.data.web):
-                process_shard(shard, self.out / folder, models, recipe)
+            outcome = run_capfilt(self.data.web, with_threads(job, self.engine), self.engine)
+        if outcome.failed:
+            told = "; ".join(f"{unit}: {reason}" for unit, reason in outcome.failed.items())
+            raise ValueError(
+                f"{folder}: {len(outcome.failed)} of {outcome.num_units} units not done: {told}"
+            )
+        self.made.append(Made(folder, "data", (WEB, captioner, judge), ("capfilt",)))
 
     def _select(self, name: str, keep: KeepRule) -> None:
         """Select anew from what CapFilt judged in the first round, for a model of the ablation."""

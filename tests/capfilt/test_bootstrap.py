@@ -1,6 +1,7 @@
 """The whole loop on a tiny drawn world: what it leaves, how it goes on, and what it refuses."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from openblip.capfilt import bootstrap as loop
 from openblip.capfilt.bootstrap import BootstrapData, BootstrapRecipe, bootstrap
 from openblip.capfilt.bootstrap_results import MODELS
 from openblip.capfilt.manifest import Manifest, manifests
+from openblip.capfilt.run import EngineChoice
 from openblip.config import dump_recipe, load_recipe
 from openblip.data.sources import list_shards, read_samples
 from openblip.data.world import WorldConfig, draw_world
@@ -227,6 +229,61 @@ def test_the_page_shows_the_rounds(done_twice: tuple[Path, dict[str, Any]]) -> N
         "captioner 2: fine-tuning on human captions",
     ):
         assert text in page, text
+
+
+def test_a_unit_that_cannot_be_done_stops_the_loop_until_it_can(
+    done: tuple[Path, dict[str, Any]], data: BootstrapData, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    out = without_capfilt(done[0], tmp_path / "out")
+
+    def broken(*args: Any, **kwargs: Any) -> None:
+        raise ValueError("it is broken")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("openblip.capfilt.work.process_shard", broken)
+        with pytest.raises(ValueError, match="capfilt: 1 of 1 units not done: 00000: it is broken"):
+            bootstrap(RECIPE, data, out)
+    assert not (out / "bootstrapped").exists()
+    assert numbers(bootstrap(RECIPE, data, out)) == numbers(done[1])
+
+
+def test_an_engine_that_does_a_part_alone_is_refused(data: BootstrapData, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="the loop takes local or pool"):
+        bootstrap(RECIPE, data, tmp_path / "out", engine=EngineChoice("slurm"))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_a_pool_writes_the_bytes_of_one_process(
+    data: BootstrapData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Another number of threads may change the last digits; tests have one, and so have workers.
+    monkeypatch.setattr("openblip.capfilt.run.os.cpu_count", lambda: 1)
+    [web] = list_shards(data.web)
+    assert web.num_bytes is not None
+    cut = RECIPE.capfilt.model_copy(update={"unit_bytes": web.num_bytes // 4})
+    recipe = RECIPE.model_copy(update={"capfilt": cut})
+    results = bootstrap(recipe, data, tmp_path / "local")
+    out = without_capfilt(tmp_path / "local", tmp_path / "pool")
+    again = bootstrap(recipe, data, out, engine=EngineChoice("pool", num_workers=2))
+    assert numbers(again) == numbers(results)
+    for name in ("tar", "captions.jsonl"):
+        files = sorted(path.name for path in (tmp_path / "local" / "capfilt").glob(f"*.{name}"))
+        assert len(files) == 4
+        for file in files:
+            local, pool = (tmp_path / which / "capfilt" / file for which in ("local", "pool"))
+            assert local.read_bytes() == pool.read_bytes(), file
+    assert (out / "lineage.json").read_bytes() == (tmp_path / "local/lineage.json").read_bytes()
+
+
+def without_capfilt(loop: Path, copy: Path) -> Path:
+    """Copy a loop as it was before its CapFilt; return the copy's folder."""
+    shutil.copytree(loop, copy)
+    for folder in ("capfilt", "bootstrapped", "evaluation"):
+        shutil.rmtree(copy / folder)
+    (copy / "results.json").unlink()
+    return copy
 
 
 @pytest.mark.slow
