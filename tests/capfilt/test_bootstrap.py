@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from openblip.capfilt import bootstrap as loop
 from openblip.capfilt.bootstrap import BootstrapData, BootstrapRecipe, bootstrap
 from openblip.capfilt.bootstrap_results import MODELS
 from openblip.capfilt.manifest import Manifest, manifests
 from openblip.capfilt.run import EngineChoice
+from openblip.checkpoint import image_encoder_id, load_checkpoint
 from openblip.config import dump_recipe, load_recipe
 from openblip.data.sources import list_shards, read_samples
 from openblip.data.world import WorldConfig, draw_world
@@ -246,6 +248,24 @@ def test_a_unit_that_cannot_be_done_stops_the_loop_until_it_can(
             bootstrap(RECIPE, data, out)
     assert not (out / "bootstrapped").exists()
     assert numbers(bootstrap(RECIPE, data, out)) == numbers(done[1])
+
+
+def test_captioner_and_filter_may_share_the_image_encoder_of_their_base(
+    data: BootstrapData, tmp_path: Path
+) -> None:
+    frozen = {"freeze_image_encoder": True}
+    recipe = RECIPE.model_copy(
+        update={
+            "captioner": RECIPE.captioner.model_copy(update=frozen),
+            "filter": RECIPE.filter.model_copy(update=frozen),
+        }
+    )
+    bootstrap(recipe, data, tmp_path)
+    models = [load_checkpoint(tmp_path / name)[0] for name in ("base", "captioner", "filter")]
+    assert len({image_encoder_id(blip) for blip in models}) == 1
+    base, captioner, judge = (blip.state_dict() for blip in models)
+    for part in (captioner, judge):
+        assert any(not torch.equal(value, base[name]) for name, value in part.items())
 
 
 def test_an_engine_that_does_a_part_alone_is_refused(data: BootstrapData, tmp_path: Path) -> None:
