@@ -1,8 +1,6 @@
 """The commands of CapFilt; `cli` takes them up."""
 
-import os
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -98,14 +96,11 @@ def capfilt_run(
     is 1: the same command tries them once more.
     """
     from openblip.capfilt.report import write_capfilt_report
-    from openblip.capfilt.run import EngineChoice, num_workers, run_capfilt
+    from openblip.capfilt.run import EngineChoice, run_capfilt, with_threads
 
     choice = EngineChoice(engine, workers, tasks, address, cpus_per_worker, gpus_per_worker)
     job = _job(captioners, filters, recipe, overrides, output, threads, device)
-    if engine == "pool" and not threads:
-        job = replace(job, num_threads=max(1, (os.cpu_count() or 1) // num_workers(choice, job)))
-    if engine == "ray" and not threads:
-        job = replace(job, num_threads=max(1, int(cpus_per_worker)))
+    job = with_threads(job, choice)
     outcome = run_capfilt(source, job, choice, is_forced=is_forced)
     for name, reason in outcome.failed.items():
         say(f"not done: {name}: {reason}")

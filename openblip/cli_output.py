@@ -35,6 +35,9 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 def loop_text(results: Mapping[str, Any], out: Path) -> str:
     """Say what a bootstrap loop measured: the models side by side, and where its page lies."""
     models = results.get("ablation") or {name: results[name] for name in ("before", "after")}
+    if "rounds" in results:
+        first = dict(list(models.items())[:-1])
+        models = first | {f"round {n}": scores for n, scores in enumerate(results["rounds"], 1)}
     measures = list(next(iter(models.values())))
     rows = [["", *models]]
     rows += [[name, *(f"{scores[name]:.3f}" for scores in models.values())] for name in measures]

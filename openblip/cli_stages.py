@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -66,22 +66,39 @@ def bootstrap(
     test: Annotated[str, typer.Option(help="Held-out images with human captions.")],
     out: Out,
     has_ablation: HasAblation = False,
+    engine: Annotated[
+        Literal["local", "pool"],
+        typer.Option(
+            help="Where CapFilt's shards are worked on: this process, or several of this machine."
+        ),
+    ] = "local",
+    workers: Annotated[
+        int, typer.Option(min=0, help="Processes of the pool; 0 takes one per core.")
+    ] = 0,
     overrides: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
     """Run the whole loop of BLIP on your data.
 
-    Pre-train, fine-tune captioner and filter, CapFilt, pre-train anew, compare.
+    Pre-train, fine-tune captioner and filter, CapFilt, pre-train anew, compare; with `rounds` in
+    the recipe, all but the first several times.
 
     Every stage leaves a folder in --out; a loop that was stopped goes on behind the last one.
     """
     from openblip.capfilt.bootstrap import BootstrapData, BootstrapRecipe
     from openblip.capfilt.bootstrap import bootstrap as run
+    from openblip.capfilt.run import EngineChoice
 
     loop = load_recipe(BootstrapRecipe, recipe, overrides or ())
     for path in (web, human, test):
         list_shards(path)
-    results = run(loop, BootstrapData(web, human, test), out, has_ablation=has_ablation)
+    results = run(
+        loop,
+        BootstrapData(web, human, test),
+        out,
+        has_ablation=has_ablation,
+        engine=EngineChoice(engine, workers),
+    )
     answer(results, loop_text(results, out), as_json=as_json)
 
 

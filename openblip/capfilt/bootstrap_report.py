@@ -1,11 +1,12 @@
 """The page of a whole loop: before and after, the ablation beside the paper's, losses, pictures."""
 
 import json
-from collections.abc import Mapping
-from itertools import pairwise
+from collections.abc import Mapping, Sequence
+from itertools import pairwise, product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from openblip.capfilt.bootstrap_results import WEB, data_of, in_round
 from openblip.capfilt.report import write_capfilt_report
 from openblip.capfilt.report_cards import example_cards, read_pictures
 from openblip.capfilt.report_page import (
@@ -14,7 +15,7 @@ from openblip.capfilt.report_page import (
     probabilities,
     truth_table,
 )
-from openblip.capfilt.report_text import percent, seconds
+from openblip.capfilt.report_text import percent, seconds, spoken
 from openblip.data.batches import stable_id
 from openblip.data.sources import Address, list_shards, read_samples
 from openblip.page import (
@@ -43,12 +44,18 @@ if TYPE_CHECKING:
 NUM_TEST_EXAMPLES = 9
 _HUMAN_CAPTIONS_SHOWN = 3
 _TRAININGS = {
-    "base": "base: pre-training on the web's captions as they are",
-    "captioner": "captioner: fine-tuning on human captions",
-    "filter": "filter: fine-tuning on human captions",
-    "bootstrapped": "bootstrapped: pre-training on kept web and synthetic captions",
-    "filter_only": "filter only: pre-training on kept web captions",
-    "captioner_only": "captioner only: pre-training on all web and synthetic captions",
+    "base": "pre-training on the web's captions as they are",
+    "captioner": "fine-tuning on human captions",
+    "filter": "fine-tuning on human captions",
+    "bootstrapped": "pre-training on kept web and synthetic captions",
+    "filter_only": "pre-training on kept web captions",
+    "captioner_only": "pre-training on all web and synthetic captions",
+}
+_DATA = {
+    WEB: "web as it is",
+    data_of("filter_only"): "web, kept by the filter",
+    data_of("captioner_only"): "web and synthetic, unfiltered",
+    "capfilt": "web and synthetic, kept by the filter",
 }
 _LOSSES = ("loss", "itc", "itm", "lm")
 _ARXIV = "https://arxiv.org/abs/2201.12086"
@@ -74,31 +81,36 @@ _PAPER = {
 
 
 def write_bootstrap_report(out: Path, data: "BootstrapData") -> Path:
-    """Write the report of a finished loop, and that of its CapFilt folder; return its path.
+    """Write the report of a finished loop, and those of its CapFilt folders; return its path.
 
     Raises ValueError if `out` holds no finished loop.
     """
     try:
         results = json.loads((out / "results.json").read_text(encoding="utf-8"))
-        evaluations = {
-            name: json.loads((out / "evaluation" / f"{name}.json").read_text(encoding="utf-8"))
-            for name in ("base", "bootstrapped")
-        }
+        num_rounds = len(results.get("rounds", [results["after"]]))
+        evaluations = [
+            json.loads((out / "evaluation" / f"{name}.json").read_text(encoding="utf-8"))
+            for name in ("base", in_round("bootstrapped", num_rounds))
+        ]
     except OSError as error:
         raise ValueError(f"{out} holds no finished loop: {error}") from error
-    report = write_capfilt_report(out / "capfilt")
-    test = evaluations["base"]["retrieval"]
+    folders = [in_round("capfilt", number + 1) for number in range(num_rounds)]
+    reports = {folder: write_capfilt_report(out / folder) for folder in folders}
+    last = folders[-1]
+    utility = results.get("data_utility")
     sections = [
-        Section("Before and after", _before_after(results, test)),
+        Section("Before and after", _before_after(results, evaluations[0]["retrieval"])),
         *([Section("Ablation", _ablation(results))] if "ablation" in results else []),
-        Section("What CapFilt did", _capfilt(report)),
-        Section("Web pictures", example_cards(out / "capfilt")),
+        *([Section("Worth of the data", _utility(utility))] if utility else []),
+        Section("What CapFilt did", _capfilt(reports)),
+        Section("Web pictures", example_cards(out / last)),
         Section("Test pictures", _captions(evaluations, data.test)),
-        Section("Losses", _losses(out / "logs")),
+        Section("Losses", _losses(out / "logs", num_rounds)),
         Section("Time and settings", _time(results, out)),
     ]
     path = out / "report.html"
-    write_page(path, "One round of CapFilt", _lead(results, report), sections)
+    title = "One round of CapFilt" if num_rounds == 1 else f"{num_rounds} rounds of CapFilt"
+    write_page(path, title, _lead(results, reports[last]), sections)
     return path
 
 
@@ -132,7 +144,13 @@ def _lead(results: Mapping[str, Any], report: Mapping[str, Any]) -> list[Html]:
             "for every web picture, and a filter, which judged the web's captions and the "
             "written ones. On what the filter kept, a new model was pre-trained from the start (",
             tag("em", "bootstrapped"),
-            "). The method is CapFilt, of ",
+            "). ",
+            *(
+                ["Every further round began again with the new model, and with the web as it is. "]
+                if "rounds" in results
+                else []
+            ),
+            "The method is CapFilt, of ",
             link("BLIP (Li et al. 2022)", _ARXIV),
             ".",
         ),
@@ -142,9 +160,14 @@ def _lead(results: Mapping[str, Any], report: Mapping[str, Any]) -> list[Html]:
 
 def _before_after(results: Mapping[str, Any], test: Mapping[str, Any]) -> list[Html]:
     before, after = results["before"], results["after"]
+    rounds = results.get("rounds", [])
     rows = [
-        ["base (before)", *(f"{scale * before[key]:.1f}" for key, _, scale in _MEASURES)],
-        ["bootstrapped (after)", *(f"{scale * after[key]:.1f}" for key, _, scale in _MEASURES)],
+        ["base (before)", *_scores(before)],
+        *([f"bootstrapped, round {n}", *_scores(one)] for n, one in enumerate(rounds[:-1], 1)),
+        [
+            f"bootstrapped, round {len(rounds)} (after)" if rounds else "bootstrapped (after)",
+            *_scores(after),
+        ],
         ["difference", *(_gain(scale * (after[k] - before[k])) for k, _, scale in _MEASURES)],
     ]
     num_images, num_texts = test["num_images"], test["num_texts"]
@@ -169,7 +192,7 @@ def _ablation(results: Mapping[str, Any]) -> list[Html]:
         base = [scale * first[key] for key, _, scale in _PAPER_MEASURES]
         pairs = zip((*own, *paper), (*base, *_PAPER["base"][2]), strict=True)
         cells = [f"{x:.1f}" + (f" ({_gain(x - y)})" if name != "base" else "") for x, y in pairs]
-        rows.append([name.replace("_", " "), captioner, judge, *cells])
+        rows.append([spoken(name), captioner, judge, *cells])
     names = [name for _, name, _ in _PAPER_MEASURES]
     header = ["model", "captioner", "filter", *names, *(f"BLIP {name}" for name in names)]
     rises = {
@@ -191,24 +214,79 @@ def _ablation(results: Mapping[str, Any]) -> list[Html]:
     ]
 
 
+def _scores(of: Mapping[str, float]) -> list[str]:
+    return [f"{scale * of[key]:.1f}" for key, _, scale in _MEASURES]
+
+
+def _utility(rows_of: Sequence[Mapping[str, Any]]) -> list[Html]:
+    """Return the versions of the data, each with the scores of the model trained on it."""
+    rows = [
+        [
+            _spoken_data(row["data"]),
+            spoken(row["model"]),
+            f"{row['num_captions']:,}",
+            *_scores(row["scores"]),
+        ]
+        for row in rows_of
+    ]
+    header = ["data", "model", "captions", *(name for _, name, _ in _MEASURES)]
+    return [
+        table("What each version of the data is worth", header, rows, num_text_columns=2),
+        note(
+            "A caption is a pair to train on. All models took the same steps from the same random "
+            "weights, beside the human captions: of many captions each was seen less often. The "
+            "scores are those of the test pictures, without fine-tuning; one seed."
+        ),
+    ]
+
+
+def _spoken_data(name: str) -> str:
+    if name in _DATA:
+        return _DATA[name]
+    return f"{_DATA['capfilt']}, round {name.rpartition('_')[2]}"
+
+
 def _gain(difference: float) -> str:
     # What rounds to nothing has no sign.
     return "0.0" if abs(difference) < 0.05 else f"{difference:+.1f}"
 
 
-def _capfilt(report: Mapping[str, Any]) -> list[Html]:
+def _capfilt(reports: Mapping[str, Mapping[str, Any]]) -> list[Html]:
+    """Return what the last round did, behind a row for each round where there are several."""
+    *_, report = reports.values()
+    pages = [f"{folder}/report.html" for folder in reports]
+    links = [link("CapFilt report", page) for page in pages]
+    if len(reports) > 1:
+        links = [link(f"CapFilt report of round {n}", page) for n, page in enumerate(pages, 1)]
     return [
+        *(_rounds(list(reports.values())) if len(reports) > 1 else []),
         capfilt_figures(report),
         captions_table(report),
         *truth_table(report),
         *probabilities(report),
-        paragraph("More about every shard: ", link("CapFilt report", "capfilt/report.html"), "."),
+        paragraph("More about every shard: ", Html(", ".join(links)), "."),
     ]
 
 
-def _captions(evaluations: Mapping[str, Any], test: Address) -> list[Html]:
-    """Return test pictures with human captions and those of both models."""
-    before, after = (evaluations[n]["captioning"]["captions"] for n in ("base", "bootstrapped"))
+def _rounds(reports: Sequence[Mapping[str, Any]]) -> list[Html]:
+    sources = list(reports[-1]["captions"])
+    has_truth = all("planted_truth" in report for report in reports)
+    rows = [
+        [
+            str(number),
+            *(percent(report["captions"][source]["keep_rate"]) for source in sources),
+            *([f"{report['planted_truth']['roc_auc']:.3f}"] if has_truth else []),
+        ]
+        for number, report in enumerate(reports, 1)
+    ]
+    header = ["round", *(f"{source} kept" for source in sources)]
+    header += ["filter's ROC-AUC"] if has_truth else []
+    return [table("Each round", header, rows), note("What follows is of the last round.")]
+
+
+def _captions(evaluations: Sequence[Mapping[str, Any]], test: Address) -> list[Html]:
+    """Return test pictures with human captions and those of the first model and the last."""
+    before, after = (evaluation["captioning"]["captions"] for evaluation in evaluations)
     keys = sorted(before, key=stable_id)[:NUM_TEST_EXAMPLES]
     human: dict[str, list[str]] = {key: [] for key in keys}
     try:
@@ -238,12 +316,13 @@ def _captions(evaluations: Mapping[str, Any], test: Address) -> list[Html]:
     ]
 
 
-def _losses(logs: Path) -> list[Html]:
+def _losses(logs: Path, num_rounds: int) -> list[Html]:
     charts = []
-    for name, title in _TRAININGS.items():
-        path = logs / f"{name}.jsonl"
+    for name, number in product(_TRAININGS, range(1, num_rounds + 1)):
+        path = logs / f"{in_round(name, number)}.jsonl"
         if not path.exists():
             continue
+        title = f"{spoken(in_round(name, number))}: {_TRAININGS[name]}"
         lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         series = [
             Series(loss, thinned([(line["step"], line[loss]) for line in lines if loss in line]))
@@ -263,12 +342,14 @@ def _losses(logs: Path) -> list[Html]:
 
 def _time(results: Mapping[str, Any], out: Path) -> list[Html]:
     rows = [
-        (name.replace("_", " "), value, seconds(value))
-        for name, value in results["seconds_by_stage"].items()
+        (spoken(name), value, seconds(value)) for name, value in results["seconds_by_stage"].items()
     ]
     parts = [bars("Time of each stage", ("stage", "time"), rows)]
     recipe = out / "recipe.yaml"
     if recipe.exists():
         text = recipe.read_text(encoding="utf-8")
         parts.append(details("The recipe", tag("pre", text)))
+    if (out / "lineage.json").exists():
+        file = link("lineage.json", "lineage.json")
+        parts.append(paragraph("Where every model and data folder comes from: ", file, "."))
     return parts

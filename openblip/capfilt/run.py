@@ -5,7 +5,7 @@ import shlex
 import shutil
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,7 +28,7 @@ from openblip.capfilt.work import Job, Queue, RunProgress
 from openblip.data.samples import CaptionSource
 from openblip.data.shards import Shard
 from openblip.data.sinks import is_temporary, write_bytes_atomically
-from openblip.data.sources import list_shards
+from openblip.data.sources import Address, list_shards
 from openblip.training.log import ProgressLine
 
 EngineName = Literal["local", "pool", "ray", "slurm"]
@@ -70,7 +70,9 @@ class Outcome:
         }
 
 
-def run_capfilt(source: str, job: Job, engine: EngineChoice, *, is_forced: bool = False) -> Outcome:
+def run_capfilt(
+    source: Address, job: Job, engine: EngineChoice, *, is_forced: bool = False
+) -> Outcome:
     """Caption and filter a data set.
 
     is_forced  do units anew that were done with other settings, models or input
@@ -99,7 +101,7 @@ def run_capfilt(source: str, job: Job, engine: EngineChoice, *, is_forced: bool 
     return Outcome(len(own), queue.num_done_before, queue.failed)
 
 
-def units_of(source: str, job: Job) -> list[Unit]:
+def units_of(source: Address, job: Job) -> list[Unit]:
     """Return the units of a run. Raises ValueError as `list_units` does."""
     recipe = job.recipe
     return list_units(source, most_samples=recipe.unit_samples, most_bytes=recipe.unit_bytes)
@@ -116,7 +118,19 @@ def num_workers(engine: EngineChoice, job: Job) -> int:
     return os.cpu_count() or 1
 
 
-def check_output(source: str, output: Path) -> None:
+def with_threads(job: Job, engine: EngineChoice) -> Job:
+    """Return the job with threads for each of several workers, unless it names them.
+
+    Those of a pool divide the cores; one of Ray's has the CPUs that are reserved for it.
+    """
+    if job.num_threads or engine.name not in ("pool", "ray"):
+        return job
+    if engine.name == "ray":
+        return replace(job, num_threads=max(1, int(engine.cpus_per_worker)))
+    return replace(job, num_threads=max(1, (os.cpu_count() or 1) // num_workers(engine, job)))
+
+
+def check_output(source: Address, output: Path) -> None:
     """Raise ValueError if the output would lie among the input."""
     for path in [shard.path for shard in list_shards(source) if not shard.is_remote]:
         home = path.resolve() if path.is_dir() else path.resolve().parent

@@ -18,13 +18,18 @@ from openblip.losses import lm_loss
 from openblip.models.blip import Blip
 from openblip.tokenizer import Tokenizer
 from openblip.training.best import EvaluatingRecipe, Scores
-from openblip.training.finetuning import FinetuningRun, run_finetuning
-from openblip.training.loop import StepOutput, TrainingStep
-from openblip.training.pairs import PairRecipe, PairTraining
+from openblip.training.finetuning import (
+    FinetuningRecipe,
+    FinetuningRun,
+    FinetuningStep,
+    run_finetuning,
+)
+from openblip.training.loop import StepOutput
+from openblip.training.pairs import PairTraining
 from openblip.training.state import TrainingFiles
 
 
-class CaptioningRecipe(PairRecipe):
+class CaptioningRecipe(FinetuningRecipe):
     """One captioning run; the defaults are the released code's."""
 
     prompt: str = DEFAULT_PROMPT
@@ -35,14 +40,13 @@ class CaptioningRun(CaptioningRecipe, FinetuningRun):
     """The same with its data and the model that it starts from, as a recipe file describes it."""
 
 
-class CaptioningStep(TrainingStep[ImageTextBatch]):
+class CaptioningStep(FinetuningStep):
     """LM of a batch; the prompt is given, not predicted."""
 
-    def __init__(self, blip: Blip, prompt_length: int, label_smoothing: float) -> None:
-        super().__init__()
-        self.blip = blip
+    def __init__(self, blip: Blip, recipe: CaptioningRecipe, prompt_length: int) -> None:
+        super().__init__(blip, has_frozen_image_encoder=recipe.freeze_image_encoder)
         self.prompt_length = prompt_length
-        self.label_smoothing = label_smoothing
+        self.label_smoothing = recipe.label_smoothing
 
     def forward(self, batch: ImageTextBatch, step: int) -> StepOutput:
         context = self.blip.project_context(self.blip.encode_image(batch.images))
@@ -66,7 +70,7 @@ def captioning_training(
     torch.manual_seed(recipe.seed)
     # [CLS] stands where [DEC] will; [SEP] ends the encoded prompt and is no part of it.
     prompt_length = len(tokenizer.encode(recipe.prompt)) - 1
-    step = CaptioningStep(blip, prompt_length, recipe.label_smoothing)
+    step = CaptioningStep(blip, recipe, prompt_length)
 
     def measure(
         blip: Blip, tokenizer: Tokenizer, samples: Sequence[Sample], how: EvaluatingRecipe

@@ -18,15 +18,20 @@ from openblip.tokenizer import Tokenizer
 from openblip.training.alignment import Alignment, AlignmentConfig, WrongTexts
 from openblip.training.best import EvaluatingRecipe, Scores
 from openblip.training.distributed import world
-from openblip.training.finetuning import FinetuningRun, run_finetuning
-from openblip.training.loop import StepOutput, TrainingStep
-from openblip.training.pairs import PairRecipe, PairTraining
+from openblip.training.finetuning import (
+    FinetuningRecipe,
+    FinetuningRun,
+    FinetuningStep,
+    run_finetuning,
+)
+from openblip.training.loop import StepOutput
+from openblip.training.pairs import PairTraining
 from openblip.training.state import TrainingFiles
 
 MAX_NEGATIVE_TEXTS = 100_000
 
 
-class RetrievalRecipe(PairRecipe):
+class RetrievalRecipe(FinetuningRecipe):
     """One retrieval run; the defaults are the released code's.
 
     negatives_share  of the images whose wrong text for ITM comes from the data set `negatives`, if
@@ -99,15 +104,14 @@ class NegativeTexts:
         )
 
 
-class RetrievalStep(TrainingStep[ImageTextBatch]):
+class RetrievalStep(FinetuningStep):
     """ITC + ITM of a batch."""
 
     def __init__(
         self, blip: Blip, recipe: RetrievalRecipe, negatives: NegativeTexts | None = None
     ) -> None:
-        super().__init__()
+        super().__init__(blip, has_frozen_image_encoder=recipe.freeze_image_encoder)
         self._negatives = negatives
-        self.blip = blip
         self.recipe = recipe
         self.alignment = Alignment(blip, recipe.alignment)
         self._step, self._number = -1, 0

@@ -9,16 +9,47 @@ from pydantic import Field, model_validator
 
 from openblip.checkpoint import check_is_free, initialise_from, save_run
 from openblip.config import Recipe
+from openblip.data.batches import ImageTextBatch
 from openblip.data.sources import Data, WeightedData, check_data
 from openblip.hub import load
 from openblip.models.blip import Blip
 from openblip.models.text import Role
 from openblip.tokenizer import Tokenizer
+from openblip.training.loop import TrainingStep
 from openblip.training.new_model import ModelRecipe
-from openblip.training.pairs import PairTraining, Training
+from openblip.training.pairs import PairRecipe, PairTraining, Training
 from openblip.training.state import TrainingFiles
 
 _log = logging.getLogger(__name__)
+
+
+class FinetuningRecipe(PairRecipe):
+    """What fine-tunings of a pre-trained model have in common.
+
+    freeze_image_encoder  train all but the image encoder, which stays as it is to the bit: models
+                          fine-tuned from one share it, and CapFilt encodes each image once for all
+                          of them. It takes no gradient, no weight decay, and drops no path
+    """
+
+    freeze_image_encoder: bool = False
+
+
+class FinetuningStep(TrainingStep[ImageTextBatch]):
+    """A step on a model of which the image encoder may be frozen."""
+
+    def __init__(self, blip: Blip, *, has_frozen_image_encoder: bool = False) -> None:
+        super().__init__()
+        self.blip = blip
+        self._has_frozen_image_encoder = has_frozen_image_encoder
+        if has_frozen_image_encoder:
+            blip.vision.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> Self:
+        """Switch the mode, but leave a frozen image encoder without dropped paths."""
+        super().train(mode)
+        if self._has_frozen_image_encoder:
+            self.blip.vision.eval()
+        return self
 
 
 class FinetuningRun(Recipe):

@@ -1,6 +1,7 @@
 """The whole loop on a tiny drawn world: what it leaves, how it goes on, and what it refuses."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,10 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from openblip.capfilt import bootstrap as loop
 from openblip.capfilt.bootstrap import BootstrapData, BootstrapRecipe, bootstrap
+from openblip.capfilt.bootstrap_results import MODELS
+from openblip.capfilt.manifest import Manifest, manifests
+from openblip.capfilt.run import EngineChoice
+from openblip.checkpoint import image_encoder_id, load_checkpoint
 from openblip.config import dump_recipe, load_recipe
+from openblip.data.sources import list_shards, read_samples
 from openblip.data.world import WorldConfig, draw_world
 from openblip.training.alignment import AlignmentConfig
 
@@ -41,6 +48,7 @@ RECIPE = BootstrapRecipe.model_validate(
         "evaluation": {"shortlist": 4},
     }
 )  # fmt: skip
+TWICE = RECIPE.model_copy(update={"rounds": 2})
 SCRIPT = """
 import sys
 from pathlib import Path
@@ -65,6 +73,15 @@ def done(
 ) -> tuple[Path, dict[str, Any]]:
     out = tmp_path_factory.mktemp("loop")
     return out, bootstrap(RECIPE, data, out)
+
+
+@pytest.fixture(scope="module")
+def done_twice(
+    data: BootstrapData, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, Any]]:
+    """Run two rounds, with the ablation's models."""
+    out = tmp_path_factory.mktemp("loop")
+    return out, bootstrap(TWICE, data, out, has_ablation=True)
 
 
 def numbers(results: dict[str, Any]) -> dict[str, Any]:
@@ -129,7 +146,7 @@ def test_the_ablation_is_added_to_a_loop_that_is_done(
 ) -> None:
     out, results = done
     extended = bootstrap(RECIPE, data, out, has_ablation=True)
-    assert list(extended["ablation"]) == list(loop.MODELS)
+    assert list(extended["ablation"]) == list(MODELS)
     assert extended["ablation"]["base"] == extended["before"] == results["before"]
     assert extended["after"] == results["after"]
 
@@ -151,6 +168,144 @@ def test_the_filter_takes_web_captions_as_wrong_where_the_recipe_says_so(
     assert seen.value.args == ([data.web] if has_web_negatives else [],)
 
 
+def test_a_second_round_starts_from_the_model_of_the_first(
+    done: tuple[Path, dict[str, Any]], done_twice: tuple[Path, dict[str, Any]]
+) -> None:
+    out, results = done_twice
+    scores = {
+        name: json.loads((out / "evaluation" / f"{name}.json").read_text())["captioning"]["scores"]
+        for name in ("bootstrapped", "bootstrapped_2")
+    }
+    assert results["rounds"][0].items() >= scores["bootstrapped"].items()
+    assert results["after"] == results["rounds"][1]
+    assert results["after"].items() >= scores["bootstrapped_2"].items()
+    assert "rounds" not in done[1]
+    first, _ = done
+    for name in ("base", "captioner", "filter", "bootstrapped"):
+        file = Path(name, "model.safetensors")
+        assert (out / file).read_bytes() == (first / file).read_bytes(), name
+    for name in ("captioner", "filter"):
+        file = "model.safetensors"
+        assert (out / f"{name}_2" / file).read_bytes() != (out / name / file).read_bytes()
+    done_of, again = (
+        Manifest.read(path) for path in (*manifests(out / "capfilt"), *manifests(out / "capfilt_2"))
+    )
+    assert (done_of.shard, done_of.input_checksum) == (again.shard, again.input_checksum)
+    assert (done_of.captioner, done_of.filter) != (again.captioner, again.filter)
+
+
+def test_each_version_of_the_data_has_its_worth(
+    done: tuple[Path, dict[str, Any]], done_twice: tuple[Path, dict[str, Any]]
+) -> None:
+    out, results = done_twice
+    rows = {row["data"]: row for row in results["data_utility"]}
+    assert list(rows) == [
+        "web", "selections/filter_only", "selections/captioner_only", "capfilt", "capfilt_2",
+    ]  # fmt: skip
+    assert [row["model"] for row in rows.values()] == [*MODELS, "bootstrapped_2"]
+    assert rows["web"]["scores"] == results["before"]
+    assert rows["capfilt_2"]["scores"] == results["after"]
+    assert rows["web"]["captions_by_source"] == {"web": 48}
+    for data, row in rows.items():
+        if data != "web":
+            samples = [
+                sample
+                for shard in list_shards(out / data)
+                for sample in read_samples(shard, on_bad=lambda key, reason: None)
+            ]
+            assert row["num_captions"] == sum(len(sample.captions) for sample in samples)
+    assert rows["selections/captioner_only"]["captions_by_source"].keys() == {"web", "synthetic"}
+    assert [row["data"] for row in done[1]["data_utility"]] == ["web", "capfilt"]
+
+
+def test_the_page_shows_the_rounds(done_twice: tuple[Path, dict[str, Any]]) -> None:
+    page = (done_twice[0] / "report.html").read_text()
+    for text in (
+        "2 rounds of CapFilt",
+        "bootstrapped, round 1",
+        "bootstrapped, round 2 (after)",
+        "Each round",
+        '<a href="capfilt_2/report.html">CapFilt report of round 2</a>',
+        "What each version of the data is worth",
+        "web and synthetic, kept by the filter, round 2",
+        "captioner 2: fine-tuning on human captions",
+    ):
+        assert text in page, text
+
+
+def test_a_unit_that_cannot_be_done_stops_the_loop_until_it_can(
+    done: tuple[Path, dict[str, Any]], data: BootstrapData, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    out = without_capfilt(done[0], tmp_path / "out")
+
+    def broken(*args: Any, **kwargs: Any) -> None:
+        raise ValueError("it is broken")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("openblip.capfilt.work.process_shard", broken)
+        with pytest.raises(ValueError, match="capfilt: 1 of 1 units not done: 00000: it is broken"):
+            bootstrap(RECIPE, data, out)
+    assert not (out / "bootstrapped").exists()
+    assert numbers(bootstrap(RECIPE, data, out)) == numbers(done[1])
+
+
+def test_captioner_and_filter_may_share_the_image_encoder_of_their_base(
+    data: BootstrapData, tmp_path: Path
+) -> None:
+    frozen = {"freeze_image_encoder": True}
+    recipe = RECIPE.model_copy(
+        update={
+            "captioner": RECIPE.captioner.model_copy(update=frozen),
+            "filter": RECIPE.filter.model_copy(update=frozen),
+        }
+    )
+    bootstrap(recipe, data, tmp_path)
+    models = [load_checkpoint(tmp_path / name)[0] for name in ("base", "captioner", "filter")]
+    assert len({image_encoder_id(blip) for blip in models}) == 1
+    base, captioner, judge = (blip.state_dict() for blip in models)
+    for part in (captioner, judge):
+        assert any(not torch.equal(value, base[name]) for name, value in part.items())
+
+
+def test_an_engine_that_does_a_part_alone_is_refused(data: BootstrapData, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="the loop takes local or pool"):
+        bootstrap(RECIPE, data, tmp_path / "out", engine=EngineChoice("slurm"))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_a_pool_writes_the_bytes_of_one_process(
+    data: BootstrapData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Another number of threads may change the last digits; tests have one, and so have workers.
+    monkeypatch.setattr("openblip.capfilt.run.os.cpu_count", lambda: 1)
+    [web] = list_shards(data.web)
+    assert web.num_bytes is not None
+    cut = RECIPE.capfilt.model_copy(update={"unit_bytes": web.num_bytes // 4})
+    recipe = RECIPE.model_copy(update={"capfilt": cut})
+    results = bootstrap(recipe, data, tmp_path / "local")
+    out = without_capfilt(tmp_path / "local", tmp_path / "pool")
+    again = bootstrap(recipe, data, out, engine=EngineChoice("pool", num_workers=2))
+    assert numbers(again) == numbers(results)
+    for name in ("tar", "captions.jsonl"):
+        files = sorted(path.name for path in (tmp_path / "local" / "capfilt").glob(f"*.{name}"))
+        assert len(files) == 4
+        for file in files:
+            local, pool = (tmp_path / which / "capfilt" / file for which in ("local", "pool"))
+            assert local.read_bytes() == pool.read_bytes(), file
+    assert (out / "lineage.json").read_bytes() == (tmp_path / "local/lineage.json").read_bytes()
+
+
+def without_capfilt(loop: Path, copy: Path) -> Path:
+    """Copy a loop as it was before its CapFilt; return the copy's folder."""
+    shutil.copytree(loop, copy)
+    for folder in ("capfilt", "bootstrapped", "evaluation"):
+        shutil.rmtree(copy / folder)
+    (copy / "results.json").unlink()
+    return copy
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "sign", ["logs/base.jsonl", "logs/filter.jsonl", "capfilt", "logs/bootstrapped.jsonl"]
@@ -159,11 +314,28 @@ def test_a_loop_that_was_killed_ends_with_the_numbers_of_one_that_was_not(
     sign: str, done: tuple[Path, dict[str, Any]], data: BootstrapData, tmp_path: Path
 ) -> None:
     """Kill the process when `sign`, of a stage that has begun, appears."""
-    _, results = done
-    recipe, out = tmp_path / "recipe.yaml", tmp_path / "out"
-    recipe.write_text(dump_recipe(RECIPE))
+    out = killed(RECIPE, data, tmp_path, sign)
+    assert numbers(bootstrap(RECIPE, data, out)) == numbers(done[1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sign", ["logs/captioner_2.jsonl", "capfilt_2"])
+def test_a_second_round_that_was_killed_ends_with_the_same_models(
+    sign: str, done_twice: tuple[Path, dict[str, Any]], data: BootstrapData, tmp_path: Path
+) -> None:
+    whole, results = done_twice
+    out = killed(TWICE, data, tmp_path, sign)
+    assert numbers(bootstrap(TWICE, data, out, has_ablation=True)) == numbers(results)
+    # It tells of the weights of all models and the checksums of all data.
+    assert (out / "lineage.json").read_bytes() == (whole / "lineage.json").read_bytes()
+
+
+def killed(recipe: BootstrapRecipe, data: BootstrapData, folder: Path, sign: str) -> Path:
+    """Run a loop, kill its process when a file or folder appears, and return its folder."""
+    path, out = folder / "recipe.yaml", folder / "out"
+    path.write_text(dump_recipe(recipe))
     process = subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, str(data.web.parent), str(recipe), str(out)],
+        [sys.executable, "-c", SCRIPT, str(data.web.parent), str(path), str(out)],
         stderr=subprocess.DEVNULL,
     )
     while not (out / sign).exists():
@@ -172,4 +344,4 @@ def test_a_loop_that_was_killed_ends_with_the_numbers_of_one_that_was_not(
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     assert not (out / "results.json").exists()
-    assert numbers(bootstrap(RECIPE, data, out)) == numbers(results)
+    return out

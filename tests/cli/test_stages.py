@@ -7,6 +7,7 @@ import pytest
 
 import openblip.quickstart
 from openblip.capfilt.bootstrap import BootstrapRecipe
+from openblip.capfilt.run import EngineChoice
 from openblip.checkpoint import load_checkpoint
 from openblip.config import load_recipe
 from openblip.data.sources import list_shards, read_samples
@@ -276,6 +277,29 @@ def test_bootstrap_runs_the_loop(run, recipe, world: Path, tmp_path: Path) -> No
     absent = run("bootstrap", path, *data[:5], tmp_path / "absent", "--out", tmp_path / "new")
     assert absent.code == 2
     assert not (tmp_path / "new").exists()
+
+
+def test_bootstrap_hands_on_the_engine(
+    run, recipe, world: Path, tmp_path: Path, monkeypatch
+) -> None:
+    asked = {}
+
+    def loop(recipe, data, out, **options):
+        asked.update(options, rounds=recipe.rounds)
+        return {"before": {"cider": 0.1}, "after": {"cider": 0.3}, "filter": {}, "seconds": 0.0,
+                "rounds": [{"cider": 0.2}, {"cider": 0.3}]}  # fmt: skip
+
+    monkeypatch.setattr("openblip.capfilt.bootstrap.bootstrap", loop)
+    data = ("--web", world / "web", "--human", world / "human", "--test", world / "test")
+    arguments = ("bootstrap", recipe(LOOP), *data, "--out", tmp_path / "loop")
+    result = run(*arguments, "--engine", "pool", "--workers", 2, "--set", "rounds=2")
+    assert result.code == 0, result.err
+    assert asked == {"has_ablation": False, "engine": EngineChoice("pool", 2), "rounds": 2}
+    assert result.out.splitlines()[0].split() == ["before", "round", "1", "round", "2"]
+    assert result.out.splitlines()[1].split() == ["cider", "0.100", "0.200", "0.300"]
+    run(*arguments)
+    assert asked["engine"] == EngineChoice()
+    assert run(*arguments, "--engine", "slurm").code == 2
 
 
 def test_quickstart_draws_its_own_world(run, recipe, tmp_path: Path, monkeypatch) -> None:

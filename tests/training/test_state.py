@@ -114,6 +114,16 @@ TASKS = {
         ),
         run_retrieval,
     ),
+    "captioning, image encoder frozen": Task(
+        CaptioningRecipe.model_validate({**PAIRS, "freeze_image_encoder": True}), run_captioning
+    ),
+    "retrieval, image encoder frozen": Task(
+        RetrievalRecipe.model_validate(
+            {**PAIRS, "freeze_image_encoder": True,
+             "alignment": AlignmentConfig("image", "online", **ALIGNMENT)}
+        ),
+        run_retrieval,
+    ),
     "vqa": Task(VqaRecipe.model_validate(PAIRS), run_vqa),
     "nlvr": Task(NlvrRecipe.model_validate(PAIRS), run_nlvr),
 }  # fmt: skip
