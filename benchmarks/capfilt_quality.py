@@ -62,20 +62,22 @@ class World:
             save_checkpoint(folder, train(), self.tokenizer, f"# {name}\n")
         return load_checkpoint(folder)[0]
 
-    def captioner(self, name: str, init: str) -> Blip:
+    def captioner(self, name: str, init: str, *, is_frozen: bool = False) -> Blip:
         """Fine-tune a captioner from the model `init`."""
+        changes = {"freeze_image_encoder": is_frozen}
         return self.trained(
             name,
             lambda: finetune_captioning(
-                self.recipe.captioner, with_roles(self._load(init), frozenset({"decode"})),
+                self.recipe.captioner.model_copy(update=changes), with_roles(self._load(init), frozenset({"decode"})),
                 [self._data("human")], self.tokenizer, files=self._files(name), title=name,
             ),
         )  # fmt: skip
 
-    def filter(self, name: str, init: str, more_seed: int = 0) -> Blip:
+    def filter(self, name: str, init: str, *, more_seed: int = 0, is_frozen: bool = False) -> Blip:
         """Fine-tune a filter from the model `init`."""
         recipe = self.recipe.filter
-        recipe = recipe.model_copy(update={"seed": recipe.seed + more_seed})
+        changes = {"seed": recipe.seed + more_seed, "freeze_image_encoder": is_frozen}
+        recipe = recipe.model_copy(update=changes)
         return self.trained(
             name,
             lambda: finetune_retrieval(
@@ -140,7 +142,7 @@ def run(folder: Path, seed: int) -> dict[str, Any]:
     results = quickstart(folder, seed=seed)
     world = World(folder, quickstart_recipe(seed))
     captioner, judge = world.captioner("captioner", "base"), world.filter("filter", "base")
-    second = world.filter("filter_second", "base", OTHER_SEED)
+    second = world.filter("filter_second", "base", more_seed=OTHER_SEED)
     scores = {"web as it is": results["before"], "two captions": results["after"]}
     one = world.capfilt("one", captioner, [judge], captions_per_image=1)
     scores["one caption"] = world.scores("one", one)
@@ -158,10 +160,17 @@ def run(folder: Path, seed: int) -> dict[str, Any]:
         [world.filter("filter_2", "bootstrapped")],
     )
     scores["two captions, second round"] = world.scores("round_2", again)
+    frozen = world.capfilt(
+        "frozen",
+        world.captioner("captioner_frozen", "base", is_frozen=True),
+        [world.filter("filter_frozen", "base", is_frozen=True)],
+    )
+    scores["two captions, one image encoder for all"] = world.scores("frozen", frozen)
     truths = {
         "first round": capfilt_report(folder / "capfilt")["planted_truth"],
         "two filters": capfilt_report(both)["planted_truth"],
         "second round": capfilt_report(again)["planted_truth"],
+        "image encoder of the base": capfilt_report(frozen)["planted_truth"],
     }
     return {"seed": seed, "scores": scores, "truth": truths}
 
