@@ -68,7 +68,8 @@ class World:
         return self.trained(
             name,
             lambda: finetune_captioning(
-                self.recipe.captioner.model_copy(update=changes), with_roles(self._load(init), frozenset({"decode"})),
+                self.recipe.captioner.model_copy(update=changes),
+                with_roles(self._load(init), frozenset({"decode"})),
                 [self._data("human")], self.tokenizer, files=self._files(name), title=name,
             ),
         )  # fmt: skip
