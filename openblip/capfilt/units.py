@@ -103,7 +103,10 @@ def _num_parts(shard: Shard, most_samples: int, most_bytes: int) -> int:
         return 1
     if shard.suffix == ".tar" and shard.path.is_file():
         return max(1, -(-shard.path.stat().st_size // most_bytes))
-    return max(1, -(-num_entries(shard) // most_samples))
+    try:
+        return max(1, -(-num_entries(shard) // most_samples))
+    except ValueError:  # one broken shard of many is named when its unit fails
+        return 1
 
 
 def stamp_of(shard: Shard) -> tuple[int, int] | None:

@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from pydantic import ValidationError
 
 from openblip.capfilt import work
 from openblip.capfilt.engines import run_here, slurm_share
 from openblip.capfilt.keep import KeepRule
 from openblip.capfilt.manifest import Manifest, OutputPaths, manifests, read_failed, read_judged
 from openblip.capfilt.models import EncodedBatch, Models
+from openblip.capfilt.ray_engine import room_for
 from openblip.capfilt.recipe import CapfiltRecipe, recipe_of, settings_of
 from openblip.capfilt.run import check_cut, remove_leftovers, threshold_of_share, write_plan
 from openblip.capfilt.shard import OtherRunError, process_shard, rethreshold_shard, retry_shard
@@ -420,3 +422,27 @@ def test_another_model_cannot_retry(shard: Path, models: Models, tmp_path: Path)
     twice = replace(models, captioners=(captioner, captioner))
     with pytest.raises(ValueError, match=f"is of the captioner {captioner.model}, not of"):
         retry_shard(tmp_path / "out" / "00000.json", twice)
+
+
+def test_a_cluster_holds_as_many_workers_as_its_scarcest_resource() -> None:
+    assert room_for({"CPU": 9.0}, 2.0, 0.0) == 4
+    assert room_for({"CPU": 64.0, "GPU": 2.0}, 1.0, 0.5) == 4
+    assert room_for({"CPU": 64.0}, 1.0, 1.0) == 1
+
+
+def test_more_captions_than_a_search_has_are_refused() -> None:
+    with pytest.raises(ValidationError, match="captions_per_image is 2, and greedy decoding has 1"):
+        CapfiltRecipe(decoding=Decoding(method="greedy"), captions_per_image=2)
+    with pytest.raises(ValidationError, match="beam decoding has 3"):
+        CapfiltRecipe(decoding=Decoding(method="beam", num_beams=3), captions_per_image=4)
+    CapfiltRecipe(decoding=Decoding(method="beam", num_beams=3), captions_per_image=3)
+
+
+def test_a_gpu_that_is_not_there_is_named(
+    tmp_path: Path, recipe: CapfiltRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="no GPU here"):
+        Job((), (), recipe, tmp_path, device="cuda").load()

@@ -221,6 +221,68 @@ def test_capfilt_from_run_to_report(run, world: Path, model: Path, tmp_path: Pat
     assert all_web.json["captions"]["synthetic"]["kept"] == 0
 
 
+def test_capfilt_gives_the_same_bytes_on_every_engine(
+    run, world: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = ("--captioner", model, "--filter", model, *CAPFILT, "--set", "output=parquet")
+    given = (*given, "--set", "unit_bytes=8000")
+    names = {}
+    for engine in ("local", "pool"):
+        out = tmp_path / engine
+        options = ("--engine", engine, "--workers", 2, "--threads", 1, "--json")
+        result = run("capfilt", "run", world / "web", out, *given, *options)
+        assert result.code == 0, result.err
+        assert result.json["num_units"] == result.json["num_shards"] > 2
+        names[engine] = sorted(path.name for path in out.iterdir())
+    planned = run("capfilt", "plan", world / "web", tmp_path / "slurm", *given, "--tasks", 2)
+    assert planned.code == 0, planned.err
+    script = (tmp_path / "slurm" / "capfilt.sbatch").read_text()
+    assert "--engine slurm --tasks 2" in script
+    for task in (1, 0):
+        monkeypatch.setenv("SLURM_ARRAY_TASK_ID", str(task))
+        options = ("--engine", "slurm", "--tasks", 2, "--threads", 1)
+        result = run("capfilt", "run", world / "web", tmp_path / "slurm", *given, *options)
+        assert result.code == 0, result.err
+        assert "units of this task, 0 not done" in result.out
+    assert run("capfilt", "report", tmp_path / "slurm").code == 0
+    assert names["local"] == names["pool"]
+    for name in names["local"]:
+        if name.endswith((".parquet", ".jsonl")):
+            first = (tmp_path / "local" / name).read_bytes()
+            assert first == (tmp_path / "pool" / name).read_bytes()
+            assert first == (tmp_path / "slurm" / name).read_bytes()
+
+
+def test_capfilt_names_shards_that_cannot_be_read_and_retries_what_failed(
+    run, world: Path, model: Path, tmp_path: Path
+) -> None:
+    models = ("--captioner", model, "--filter", model)
+    [shard] = list_shards(world / "web")
+    [first, second, *_] = read_samples(shard, on_bad=lambda key, reason: None)
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    (photos / "a.jpg").write_bytes(first.image_bytes)
+    (photos / "b.jpg").write_bytes(b"no image")
+    done = run("capfilt", "run", photos, tmp_path / "out", *models, *CAPFILT, "--json")
+    assert done.json["bad"] == {"not_an_image": 1}
+    (photos / "b.jpg").write_bytes(second.image_bytes)
+    retried = run("capfilt", "retry", tmp_path / "out", *models, "--json")
+    assert retried.code == 0, retried.err
+    assert (retried.json["num_retried"], retried.json["bad"]) == (1, {})
+    assert retried.json["num_images"] == 2
+
+    (tmp_path / "x.jsonl").write_text('{"key": "x", "image": "photos/a.jpg"}\n')
+    (tmp_path / "y.parquet").write_bytes(b"PAR1 no parquet PAR1")
+    both = f"{tmp_path}/{{x.jsonl,y.parquet}}"
+    lost = run("capfilt", "run", both, tmp_path / "o", *models, *CAPFILT, "--json")
+    assert lost.code == 1
+    assert "not done: y: cannot read shard" in lost.err
+    assert list(lost.json["failed_units"]) == ["y"]
+    assert lost.json["num_images"] == 1
+    alone = run("capfilt", "run", tmp_path / "y.parquet", tmp_path / "p", *models, "--json")
+    assert (alone.code, list(alone.json["failed_units"])) == (1, ["y"])
+
+
 def test_capfilt_never_writes_over_its_input(run, world: Path, model: Path, tmp_path: Path) -> None:
     models = ("--captioner", model, "--filter", model)
     before = (world / "web" / "00000.tar").read_bytes()

@@ -182,18 +182,15 @@ def test_a_shard_that_cannot_be_read_is_named_and_the_others_are_done(
     web = tmp_path / "web"
     web.mkdir()
     (web / "a.parquet").write_bytes(b"PAR1 no parquet PAR1")
-    process = start(root, f"{web}/a.parquet", tmp_path / "out")
+    (web / "b.tar").write_bytes((root / "web" / "00000.tar").read_bytes())
+    (web / "c.jsonl").write_text('{"key": "x", "image": "absent.jpg", "text": "a cat"}\n')
+    process = start(root, f"{web}/{{a.parquet,b.tar,c.jsonl}}", tmp_path / "out")
     _, err = process.communicate()
-    assert process.returncode == 2
-    assert "cannot read shard" in err
-    for name in ("b", "c"):
-        (web / f"{name}.jsonl").write_text('{"key": "x", "image": "absent.jpg", "text": "a cat"}\n')
-    (web / "c.jsonl").chmod(0o644)
-    both = f"{web}/{{b,c}}.jsonl"
-    process = start(root, both, tmp_path / "out")
-    _, err = process.communicate()
-    assert process.returncode == 0, err
-    assert json.loads((tmp_path / "out" / "report.json").read_text())["bad"] == {"missing_image": 2}
+    assert process.returncode == 1, err
+    assert "not done: a: cannot read shard" in err
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["bad"] == {"missing_image": 1}
+    assert report["num_images"] == SAMPLES_PER_SHARD
 
 
 @pytest.mark.parametrize("engine", ["local", "pool"])
