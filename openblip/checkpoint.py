@@ -29,6 +29,8 @@ from openblip.training.log import read_log
 from openblip.training.state import TrainingFiles
 
 FILES = ("config.json", "model.safetensors", "tokenizer.json", "README.md")
+CALIBRATION = "calibration.json"
+"""A filter's temperature, which `openblip capfilt calibrate --save` puts beside them."""
 
 # What a checkpoint can hold.
 Model = Blip | Nlvr | Vqa

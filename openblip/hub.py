@@ -16,6 +16,7 @@ from huggingface_hub.errors import (
 )
 
 from openblip.checkpoint import (
+    CALIBRATION,
     FILES,
     load_checkpoint,
     load_nlvr_checkpoint,
@@ -32,7 +33,7 @@ from openblip.onnx_backend import OnnxBackend, is_onnx
 from openblip.tokenizer import Tokenizer
 
 # Of all that a repository may hold (other frameworks' weights, training states), what we read.
-PATTERNS = [*FILES, "tokenizer_config.json", "vocab.txt", "model-*.safetensors"]
+PATTERNS = [*FILES, CALIBRATION, "tokenizer_config.json", "vocab.txt", "model-*.safetensors"]
 PATTERNS += ["model.safetensors.index.json"]
 PICKLED_PATTERNS = ["pytorch_model.bin", "pytorch_model-*.bin", "pytorch_model.bin.index.json"]
 
@@ -137,7 +138,8 @@ def push(
     try:
         url = api.create_repo(name, private=private, exist_ok=True)
         api.upload_folder(
-            repo_id=name, folder_path=folder, allow_patterns=list(FILES), commit_message=message
+            repo_id=name, folder_path=folder, allow_patterns=[*FILES, CALIBRATION],
+            commit_message=message,
         )
     except (HfHubHTTPError, HFValidationError, ConnectionError) as error:
         raise ValueError(f"{name} was not uploaded: {_first_line(error)}") from error

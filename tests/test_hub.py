@@ -274,6 +274,7 @@ def test_a_transformers_folder_is_converted_in_memory(
 def test_push(model: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     (model / "train_state").mkdir()
     (model / "train_state" / "secret.pt").write_bytes(b"x")
+    (model / "calibration.json").write_text("{}")
     with pytest.raises(ValueError, match="someone/mine was not uploaded"):
         push(model, "someone/mine")
     monkeypatch.setenv("HF_TOKEN", "hf_of_a_test")

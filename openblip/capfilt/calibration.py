@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from openblip.capfilt.filter import CLIPPED_AT, tempered
+from openblip.checkpoint import CALIBRATION
 from openblip.data.sinks import write_json_atomically
 from openblip.evaluation.metrics import roc_auc
 from openblip.evaluation.thresholds import (
@@ -26,8 +27,6 @@ from openblip.evaluation.thresholds import (
     smallest_threshold,
 )
 
-FILE = "calibration.json"
-"""In a filter's folder: its temperature."""
 FEWEST_PAIRS = 10
 """Of each class; with fewer a curve is a matter of luck."""
 NUM_BINS = 15
@@ -241,8 +240,8 @@ def save_temperature(folder: Path, calibration: Calibration, model: str) -> Path
         "ece_after": calibration.after.ece,
         "model": model,
     }
-    write_json_atomically(folder / FILE, values)
-    return folder / FILE
+    write_json_atomically(folder / CALIBRATION, values)
+    return folder / CALIBRATION
 
 
 def read_temperature(folder: Path, model: str) -> float:
@@ -251,7 +250,7 @@ def read_temperature(folder: Path, model: str) -> float:
     model  hash of the weights in the folder
     Raises ValueError if the file is damaged, or was made for other weights.
     """
-    path = folder / FILE
+    path = folder / CALIBRATION
     if not path.exists():
         return 1.0
     try:
