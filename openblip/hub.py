@@ -138,7 +138,9 @@ def push(
     try:
         url = api.create_repo(name, private=private, exist_ok=True)
         api.upload_folder(
-            repo_id=name, folder_path=folder, allow_patterns=[*FILES, CALIBRATION],
+            repo_id=name,
+            folder_path=folder,
+            allow_patterns=[*FILES, CALIBRATION],
             commit_message=message,
         )
     except (HfHubHTTPError, HFValidationError, ConnectionError) as error:
