@@ -13,7 +13,7 @@ from typing import Any
 
 from openblip.capfilt.models import Models
 from openblip.capfilt.units import Unit
-from openblip.capfilt.work import MOST_ATTEMPTS, POLL_S, Job, Queue, RunProgress, attempt
+from openblip.capfilt.work import MOST_DEATHS, POLL_S, Job, Queue, RunProgress, attempt
 
 EXIT_TERMINATED = 143
 
@@ -101,7 +101,6 @@ class _Pool:
                     self._queue.open(*told)
                     self.is_open = True
                 worker.is_ready = True
-                self._num_still_born = 0
             case "progress":
                 self._progress.advance(*told)
             case "finished":
@@ -117,14 +116,14 @@ class _Pool:
         worker.process.join()
         if worker.unit is not None:
             self._queue.report_death(worker.unit)
-        if not worker.is_ready:
-            self._num_still_born += 1
-            if self._num_still_born >= MOST_ATTEMPTS:
-                raise ValueError(
-                    f"workers die while they load the models (exit code {worker.process.exitcode}):"
-                    " is there memory for so many? See --workers"
-                )
-        self.start()
+        self._num_still_born = 0 if worker.is_ready else self._num_still_born + 1
+        if self._num_still_born < MOST_DEATHS:
+            self.start()
+        elif not self._workers:  # else the others go on without it
+            raise ValueError(
+                f"workers die while they load the models (exit code {worker.process.exitcode}): "
+                "is there memory for so many? See --workers"
+            )
 
 
 def _serve(connection: Connection, job: Job, number: int) -> None:

@@ -7,7 +7,7 @@ from contextlib import suppress
 from typing import Any
 
 from openblip.capfilt.units import Unit
-from openblip.capfilt.work import MOST_ATTEMPTS, POLL_S, Failure, Job, Queue, RunProgress, attempt
+from openblip.capfilt.work import MOST_DEATHS, POLL_S, Failure, Job, Queue, RunProgress, attempt
 
 
 def run_ray(
@@ -114,13 +114,13 @@ class _RayPool:
         try:
             answer = self._ray.get(reference)
         except self._ray.exceptions.RayActorError as error:
+            self._num_still_born = 0 if unit is not None else self._num_still_born + 1
             if unit is not None:
                 self._queue.report_death(unit)
-            else:
-                self._num_still_born += 1
-                if self._num_still_born >= MOST_ATTEMPTS:
-                    raise ValueError(f"actors die while they load the models: {error}") from error
-            self._add()
+            if self._num_still_born < MOST_DEATHS:
+                self._add()
+            elif not self._running and not self._idle:  # else the others go on without it
+                raise ValueError(f"actors die while they load the models: {error}") from error
             return
         if isinstance(answer, Exception):
             raise answer
