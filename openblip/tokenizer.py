@@ -83,7 +83,7 @@ class Tokenizer:
         The same words, as often, give the same vocabulary.
         """
         raw = _wordpiece(models.WordPiece(unk_token="[UNK]"))
-        counts = Counter(word for text in texts for word in text.split())
+        counts = Counter(word for text in texts for word in _whole(text).split())
         # The trainer numbers inner letters in the order of its hash map, another one in every run,
         # and breaks ties between merges by these numbers; what is given as special, in our order.
         inner = {f"##{letter}" for word in counts for letter in _inner_letters(raw, word)}
@@ -110,7 +110,7 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of one text, [CLS] to [SEP]."""
-        ids: list[int] = self._raw.encode(text).ids
+        ids: list[int] = self._raw.encode(_whole(text)).ids
         return ids
 
     def encode_batch(
@@ -123,7 +123,7 @@ class Tokenizer:
         """
         if max_tokens < 3:
             raise ValueError(f"max_tokens {max_tokens} must be at least 3")
-        rows = [encoding.ids for encoding in self._raw.encode_batch(list(texts))]
+        rows = [encoding.ids for encoding in self._raw.encode_batch([*map(_whole, texts)])]
         cut = [
             row if len(row) <= max_tokens else [*row[: max_tokens - 1], self.special.sep]
             for row in rows
@@ -144,6 +144,16 @@ class Tokenizer:
         for spaced, closed in _CLEAN_UP:
             text = text.replace(spaced, closed)
         return text
+
+
+def _whole(text: str) -> str:
+    """Return a text that UTF-8 can hold: half a character, as cutting JSON leaves it, is U+FFFD.
+
+    BERT's normalizer takes that out again.
+    """
+    if text.isascii():
+        return text
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _inner_letters(raw: RawTokenizer, word: str) -> set[str]:

@@ -67,3 +67,14 @@ def test_the_same_texts_in_any_order_train_the_same_vocabulary(tmp_path: Path) -
         Tokenizer.train(iter(shuffled), vocab_size=90).save(tmp_path / "tokenizer.json")
         files.add((tmp_path / "tokenizer.json").read_text())
     assert len(files) == 1
+
+
+def test_half_a_character_is_no_reason_to_stop() -> None:
+    """As in a caption that was cut within an emoji; the library underneath takes UTF-8 alone."""
+    texts = ["a dog \ud83d", "ein K\u00e4tzchen \ud83d\udc08", "a dog"]
+    tokenizer = Tokenizer.train(texts, vocab_size=60, min_frequency=1)
+    cut, whole, plain = (tokenizer.encode(text) for text in texts)
+    assert cut == plain
+    assert whole == tokenizer.encode("ein K\u00e4tzchen \U0001f408")
+    batch = tokenizer.encode_batch(texts, max_tokens=30)
+    assert batch.token_ids[0, : len(cut)].tolist() == cut
