@@ -137,8 +137,8 @@ def capfilt_plan(
     from openblip.capfilt.run import check_cut, check_output, units_of, write_plan
 
     job = _job(captioners, filters, recipe, overrides, output, threads, device)
-    check_output(source, output)
     units = units_of(source, job)
+    check_output(units, output)
     check_cut(output, units, is_forced=False)
     command = [sys.executable, "-m", "openblip", "capfilt", "run", source, str(output)]
     for option, values in (
@@ -203,7 +203,7 @@ def capfilt_rethreshold(
     --set takes the other keys of the rule, as best=1 or near=0.8; see docs/capfilt.md.
     """
     from openblip.capfilt.keep import KeepRule
-    from openblip.capfilt.manifest import manifests
+    from openblip.capfilt.manifest import some_manifests
     from openblip.capfilt.report import write_capfilt_report
     from openblip.capfilt.run import threshold_of_share
     from openblip.capfilt.shard import rethreshold_shard
@@ -214,9 +214,7 @@ def capfilt_rethreshold(
         raise ValueError(f"{output} holds the input: choose another folder")
     given = [f"sources=[{sources}]", *(overrides or ())]
     rule = load_recipe(KeepRule, None, [*given, f"threshold={threshold or 0.0}"])
-    done = manifests(source)
-    if not done:
-        raise ValueError(f"{source} holds no shard that `openblip capfilt run` did")
+    done = some_manifests(source)
     if share is not None:
         rule = rule.model_copy(update={"threshold": threshold_of_share(done, rule.sources, share)})
     for manifest in done:

@@ -5,12 +5,11 @@ names with `_2`, `_3` and so on.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from openblip.capfilt.keep import JudgedImage
-from openblip.capfilt.manifest import Manifest, OutputPaths, manifests, read_judged
+from openblip.capfilt.manifest import Manifest, judged_by, manifests
 from openblip.capfilt.report import planted_truth
 from openblip.captions import clean_caption
 
@@ -56,7 +55,7 @@ def loop_results(
     if rows.keys() >= set(ABLATION):
         results["ablation"] = {name: rows[name] for name in MODELS}
     results["data_utility"] = data_utility(out, rows)
-    truth = planted_truth(_judged(out / in_round("capfilt", num_rounds)), threshold)
+    truth = planted_truth(judged_by(manifests(out / in_round("capfilt", num_rounds))), threshold)
     results["filter"] = truth.to_json() if truth is not None else {}
     return results
 
@@ -89,7 +88,7 @@ def _num_of_web(out: Path) -> Counter[str]:
     """Count what training takes of the web: all that is not empty once cleaned."""
     return Counter(
         caption.source
-        for image in _judged(out / "capfilt")
+        for image in judged_by(manifests(out / "capfilt"))
         for caption in image.captions
         if caption.source != "synthetic" and clean_caption(caption.text)
     )
@@ -100,8 +99,3 @@ def _num_kept(folder: Path) -> Counter[str]:
     for path in manifests(folder):
         total.update(Manifest.read(path).kept)
     return total
-
-
-def _judged(folder: Path) -> Iterator[JudgedImage]:
-    for path in manifests(folder):
-        yield from read_judged(OutputPaths.of(path.stem, path.parent).captions)

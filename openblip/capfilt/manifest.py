@@ -11,7 +11,7 @@ A unit `x` becomes, in the output folder,
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from openblip.capfilt.units import Unit
 from openblip.data.rows import BadSample
 from openblip.data.samples import Caption
 from openblip.data.shards import Shard
+from openblip.data.sinks import json_line
 from openblip.data.writers import OutputKind, output_suffix
 
 
@@ -113,10 +114,20 @@ def manifests(folder: Path) -> list[Path]:
     ]
 
 
+def some_manifests(folder: Path) -> list[Path]:
+    """Return the same. Raises ValueError if no unit is done."""
+    done = manifests(folder)
+    if not done:
+        raise ValueError(
+            f"{folder} holds no shard that CapFilt did: expected x.json beside x.captions.jsonl"
+        )
+    return done
+
+
 def remove_unit(manifest: Path) -> None:
     """Remove all files of a unit that is done, the manifest first."""
     done = Manifest.read(manifest)
-    paths = OutputPaths.of(manifest.name.removesuffix(".json"), manifest.parent, done.output)
+    paths = OutputPaths.of(manifest.stem, manifest.parent, done.output)
     for path in (paths.manifest, paths.data, paths.captions, paths.failed):
         if path.is_dir():
             shutil.rmtree(path)
@@ -132,6 +143,12 @@ def read_judged(path: Path) -> Iterator[JudgedImage]:
             yield JudgedImage(value["key"], captions, value["meta"], value.get("image", ""))
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path}, line {number}: {error!r}") from error
+
+
+def judged_by(done: Iterable[Path]) -> Iterator[JudgedImage]:
+    """Yield the judged images of units, whose manifests are given. Raises as `read_judged` does."""
+    for manifest in done:
+        yield from read_judged(OutputPaths.of(manifest.stem, manifest.parent).captions)
 
 
 def read_failed(path: Path) -> list[BadSample]:
@@ -151,30 +168,20 @@ def judged_lines(images: Iterator[JudgedImage]) -> Iterator[bytes]:
     """Yield the lines of a `captions.jsonl`."""
     for image in images:
         captions = [caption.to_json() for caption in image.captions]
-        yield _line(
-            {
-                "key": image.key,
-                "image": image.image_hash,
-                "captions": captions,
-                "meta": image.meta,
-            }
-        )
+        line = {"key": image.key, "image": image.image_hash, "captions": captions}
+        yield json_line({**line, "meta": image.meta}) + b"\n"
 
 
 def failed_lines(failed: list[BadSample]) -> Iterator[bytes]:
     """Yield the lines of a `failed.jsonl`."""
     for bad in failed:
-        yield _line({"key": bad.key, "reason": bad.reason})
-
-
-def _line(value: object) -> bytes:
-    return json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n"
+        yield json_line({"key": bad.key, "reason": bad.reason}) + b"\n"
 
 
 def _lines(path: Path) -> Iterator[tuple[int, Any]]:
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             try:
-                yield number, json.loads(line.decode("utf-8", "surrogatepass"))
+                yield number, json.loads(line)
             except ValueError as error:
                 raise ValueError(f"{path}, line {number}: {error}") from error

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from openblip.capfilt.keep import JudgedImage
-from openblip.capfilt.manifest import Manifest, OutputPaths, manifests, read_judged
+from openblip.capfilt.manifest import Manifest, judged_by, manifests, some_manifests
 from openblip.capfilt.report_agreement import Disagreements, SimilarityTally
 from openblip.capfilt.report_page import write_report_page
 from openblip.capfilt.report_shards import keep_rate_by_shard, throughput
@@ -116,16 +116,12 @@ def capfilt_report(folder: Path) -> dict[str, Any]:
     Raises ValueError for a folder without manifests, for a match probability or a similarity that
     is NaN, and where a manifest and the judged captions beside it disagree.
     """
-    done = {path: Manifest.read(path) for path in manifests(folder)}
-    if not done:
-        raise ValueError(
-            f"{folder} holds no shard that CapFilt did: expected x.json beside x.captions.jsonl"
-        )
+    done = {path: Manifest.read(path) for path in some_manifests(folder)}
     total, bad, shards = _Tally(), Counter[str](), []
     words, similarities = WordTally(), SimilarityTally()
     for path, manifest in done.items():
         tally = _Tally()
-        for image in read_judged(OutputPaths.of(path.stem, folder).captions):
+        for image in judged_by([path]):
             tally.add(image)
             words.add(image)
             similarities.add(image)
@@ -165,12 +161,7 @@ def capfilt_report(folder: Path) -> dict[str, Any]:
     }
     thresholds = {manifest.settings["keep"]["threshold"] for manifest in done.values()}
     if total.bins_by_noise and len(thresholds) == 1:
-        judged = (
-            image
-            for path in done
-            for image in read_judged(OutputPaths.of(path.stem, folder).captions)
-        )
-        truth = planted_truth(judged, thresholds.pop())
+        truth = planted_truth(judged_by(done), thresholds.pop())
         if truth is not None:
             report["planted_truth"] = truth.to_json()
     report["keep_rate_by_shard"] = keep_rate_by_shard(shards)
@@ -185,7 +176,7 @@ def _second_look(
     """Return what can be told only once all captions were counted."""
     texts, disagreements = RepeatedTexts(repeated), Disagreements(similarities)
     for path in paths:
-        for image in read_judged(OutputPaths.of(path.stem, path.parent).captions):
+        for image in judged_by([path]):
             texts.add(image)
             disagreements.add(path.stem, image)
     return {

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from openblip.capfilt.keep import JudgedImage
-from openblip.capfilt.manifest import Manifest, OutputPaths, manifests, read_judged
+from openblip.capfilt.manifest import Manifest, OutputPaths, judged_by, manifests
 from openblip.capfilt.report_text import noise_name, percent, spoken
 from openblip.data.batches import stable_id
 from openblip.data.samples import Caption, CaptionSource
@@ -146,7 +146,7 @@ def _choose_examples(folder: Path) -> list[list[_Example]]:
     numbers = count()
     for path in manifests(folder):
         shard = Manifest.read(path).shard
-        for image in read_judged(OutputPaths.of(path.stem, folder).captions):
+        for image in judged_by([path]):
             number = next(numbers)
             fates = {(c.source, c.drop_reason is None) for c in image.captions}
             for heap, (title, source, is_kept) in zip(heaps, _EXAMPLES, strict=True):

@@ -15,10 +15,11 @@ from openblip.capfilt.keep import EMPTY, least_of_share
 from openblip.capfilt.manifest import (
     Manifest,
     OutputPaths,
+    judged_by,
     manifests,
     read_failed,
-    read_judged,
     remove_unit,
+    some_manifests,
 )
 from openblip.capfilt.ray_engine import run_ray
 from openblip.capfilt.recipe import recipe_of
@@ -28,7 +29,7 @@ from openblip.capfilt.work import Job, Queue, RunProgress
 from openblip.data.samples import CaptionSource
 from openblip.data.shards import Shard
 from openblip.data.sinks import is_temporary, write_bytes_atomically
-from openblip.data.sources import Address, list_shards
+from openblip.data.sources import Address
 from openblip.training.log import ProgressLine
 
 EngineName = Literal["local", "pool", "ray", "slurm"]
@@ -79,8 +80,8 @@ def run_capfilt(
     Raises ValueError for data that are none, for an output folder that holds the input or units
     that were cut in another way; OtherRunError for what was done otherwise.
     """
-    check_output(source, job.output)
     units = units_of(source, job)
+    check_output(units, job.output)
     check_cut(job.output, units, is_forced=is_forced)
     own = slurm_share(units, engine.num_tasks) if engine.name == "slurm" else units
     queue = Queue(own, job, is_forced)
@@ -130,9 +131,9 @@ def with_threads(job: Job, engine: EngineChoice) -> Job:
     return replace(job, num_threads=max(1, (os.cpu_count() or 1) // num_workers(engine, job)))
 
 
-def check_output(source: Address, output: Path) -> None:
+def check_output(units: Sequence[Unit], output: Path) -> None:
     """Raise ValueError if the output would lie among the input."""
-    for path in [shard.path for shard in list_shards(source) if not shard.is_remote]:
+    for path in {unit.shard.path: None for unit in units if not unit.shard.is_remote}:
         home = path.resolve() if path.is_dir() else path.resolve().parent
         if output.resolve() == home or (path.is_dir() and output.resolve().is_relative_to(home)):
             raise ValueError(f"{output} holds the input, {path}: choose another folder")
@@ -178,15 +179,14 @@ def threshold_of_share(
     if not 0 < share <= 1:
         raise ValueError(f"the share is {share}; it must be above 0 and at most 1")
     probabilities = array("d")
-    for path in done:
-        for image in read_judged(OutputPaths.of(path.stem, path.parent).captions):
-            probabilities.extend(
-                caption.match_probability
-                for caption in image.captions
-                if caption.match_probability is not None
-                and caption.source in sources
-                and caption.drop_reason != EMPTY
-            )
+    for image in judged_by(done):
+        probabilities.extend(
+            caption.match_probability
+            for caption in image.captions
+            if caption.match_probability is not None
+            and caption.source in sources
+            and caption.drop_reason != EMPTY
+        )
     return least_of_share(probabilities, share)
 
 
@@ -202,9 +202,7 @@ def retry_capfilt(
     num_threads, device  as of `Job`
     Raises ValueError if nothing was done there, and for other models.
     """
-    done = manifests(output)
-    if not done:
-        raise ValueError(f"{output} holds no unit that `openblip capfilt run` did")
+    done = some_manifests(output)
     num_before = num_after = 0
     models, loaded_for = None, None
     for path in done:

@@ -133,7 +133,7 @@ def rethreshold_shard(manifest: Path, folder: Path, keep: KeepRule) -> Manifest:
     """
     start = time.monotonic()
     done = Manifest.read(manifest)
-    unit = done.unit(manifest.name.removesuffix(".json"))
+    unit = done.unit(manifest.stem)
     read = Snapshot.if_there(unit)
     if read is None or read.checksum != done.input_checksum:
         raise ValueError(f"{unit.shard}, whose images {manifest} judged, is gone or has changed")
@@ -162,7 +162,7 @@ def retry_shard(manifest: Path, models: Models) -> Manifest:
     """
     done = Manifest.read(manifest)
     recipe = recipe_of(done)
-    unit = done.unit(manifest.name.removesuffix(".json"))
+    unit = done.unit(manifest.stem)
     paths = OutputPaths.of(unit.name, manifest.parent, done.output)
     for what, then, now in (
         ("captioner", done.captioner, models.captioner_ids),

@@ -22,10 +22,11 @@ from openblip.capfilt.models import Models
 from openblip.capfilt.recipe import CapfiltRecipe
 from openblip.capfilt.shard import OnProgress, OtherRunError, done_manifest, process_shard
 from openblip.capfilt.units import Unit
-from openblip.checkpoint import model_id
+from openblip.checkpoint import CALIBRATION, model_id
 from openblip.data.remote import RemoteAbsentError, RemoteError
 from openblip.data.sinks import is_out_of_room
 from openblip.hub import load, resolve
+from openblip.models.blip import Blip
 from openblip.training.log import ProgressLine
 
 MOST_ATTEMPTS = 3
@@ -85,11 +86,18 @@ class Job:
                 Filter(
                     *loaded[name],
                     recipe.dtype,
-                    read_temperature(resolve(name), model_id(loaded[name][0])),
+                    _temperature(name, loaded[name][0]),
                 )
                 for name in self.filters
             ),
         )
+
+
+def _temperature(name: str, judge: Blip) -> float:
+    # All weights are hashed to see that a temperature is theirs; few filters have one.
+    folder = resolve(name)
+    has_one = (folder / CALIBRATION).exists()
+    return read_temperature(folder, model_id(judge)) if has_one else 1.0
 
 
 @dataclass(frozen=True)

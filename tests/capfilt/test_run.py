@@ -446,3 +446,17 @@ def test_a_gpu_that_is_not_there_is_named(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="no GPU here"):
         Job((), (), recipe, tmp_path, device="cuda").load()
+
+
+def test_half_a_character_in_a_caption_leaves_json_that_anyone_reads(
+    tmp_path: Path, models: Models, recipe: CapfiltRecipe
+) -> None:
+    cut = "a dog \ud83d"
+    with ShardWriter(tmp_path / "a.tar") as writer:
+        writer.write(Sample("x", picture(0), (Caption(cut),)))
+    process_shard(tmp_path / "a.tar", tmp_path / "out", models, recipe)
+    paths = OutputPaths.of("a", tmp_path / "out")
+    [line] = paths.captions.read_text("utf-8").splitlines()
+    assert json.loads(line)["captions"][0]["text"] == cut
+    [image] = read_judged(paths.captions)
+    assert image.captions[0].text == cut
