@@ -146,6 +146,8 @@ def _serve(connection: Connection, job: Job, number: int) -> None:
             raise
         except Exception as error:  # handed over whole, and raised by the pool's process
             connection.send(("raised", error))
+    # From here on the process ends by itself; an exception would be told as one of its clean-up.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def slurm_share(units: Sequence[Unit], num_tasks: int) -> list[Unit]:
