@@ -102,6 +102,22 @@ class Batcher:
         if batch:
             yield torch.stack(batch)
 
+    def run(
+        self,
+        images: Images,
+        encode: Callable[[Tensor], Encoded],
+        work: Callable[[Encoded], list[T]],
+    ) -> list[T]:
+        """Encode images in batches and collect what `work` makes of each."""
+        results: list[T] = []
+        if isinstance(images, Encoded):
+            for start in range(0, len(images), self.batch_size):
+                results += self.halving(images[start : start + self.batch_size], work)
+            return results
+        for pixels in self.prepared(images):
+            results += self.halving(pixels, lambda part: work(encode(part)))
+        return results
+
     def halving(self, batch: H, work: Callable[[H], list[T]]) -> list[T]:
         """Do the work on a batch, in halves where the memory does not suffice."""
         try:

@@ -177,7 +177,7 @@ def evaluate_nlvr(
 
 
 def _templates(path: Path | None) -> Sequence[str]:
-    from openblip.inference import DEFAULT_TEMPLATES
+    from openblip.labels import DEFAULT_TEMPLATES
 
     return DEFAULT_TEMPLATES if path is None else [line for line in _lines(path) if line.strip()]
 

@@ -5,29 +5,21 @@ Letters: B images, K rows per image (beams or captions), R = B * K rows, V vocab
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from openblip.models.context import Context, DecoderCache
+from openblip.generation_batch import Decoder, Generated, RunningBatch
+from openblip.models.context import Context
 from openblip.models.text import SpecialTokens
 
 NEGLIGIBLE = -1e9
 """Starting score of all beams but the first, which would otherwise be its copies."""
-LEAVING_PARTS = 4
-"""Images leave a batch once this part of it, one in so many, is done."""
-
-
-class Decoder(Protocol):
-    """A model that continues texts, as `Blip` and `Vqa` do."""
-
-    def new_decoder_cache(self) -> DecoderCache: ...
-
-    def decode_step(self, token_ids: Tensor, cache: DecoderCache, context: Context) -> Tensor: ...
-
 
 Sampler = Callable[[Tensor, Sequence[torch.Generator]], Tensor]
+OnToken = Callable[[int, Generated], bool]
+"""Takes the number of an image and its caption so far; returning False ends the caption."""
 
 
 @dataclass(frozen=True)
@@ -74,24 +66,6 @@ class Decoding:
         return asdict(self)
 
 
-@dataclass(frozen=True)
-class Generated:
-    """One decoded caption.
-
-    token_ids          new tokens, without prompt and [SEP]
-    log_probabilities  of those tokens, and of [SEP] if it came, under the model's own distribution
-    is_finished        whether [SEP] came before max_tokens
-    """
-
-    token_ids: tuple[int, ...]
-    log_probabilities: tuple[float, ...]
-    is_finished: bool
-
-    @property
-    def mean_log_probability(self) -> float:
-        return sum(self.log_probabilities) / max(1, len(self.log_probabilities))
-
-
 @torch.no_grad()
 def generate(
     decoder: Decoder,
@@ -103,6 +77,7 @@ def generate(
     seeds: Sequence[int],
     captions_per_image: int = 1,
     sample: Sampler | None = None,
+    on_token: OnToken | None = None,
 ) -> list[list[Generated]]:
     """Decode captions of B images.
 
@@ -110,8 +85,11 @@ def generate(
     prompt_ids  tokens after [DEC] that are given
     seeds       one per image: what is drawn for it depends on nothing else in the batch
     sample      draws one token per row from probabilities (R, V); for tests
+    on_token    called after every token of a caption that has not ended, [SEP] included; what it
+                ends is not finished, and changes no other caption
     Returns     per image `captions_per_image` captions, of beam search the best ones
-    Raises ValueError if more captions are asked for than the method has.
+    Raises ValueError if more captions are asked for than the method has, and for `on_token` with
+    beam search, whose texts are certain at the end alone, or with several captions per image.
     """
     if len(seeds) != context.num_images:
         raise ValueError(f"{len(seeds)} seeds for {context.num_images} images")
@@ -120,12 +98,17 @@ def generate(
         raise ValueError(
             f"captions_per_image {captions_per_image}: {decoding.method} gives 1 to {most or 'any'}"
         )
+    if on_token is not None and (decoding.method == "beam" or captions_per_image != 1):
+        raise ValueError(
+            f"captions can be followed where greedy or nucleus writes one per image, not with "
+            f"{decoding.method} and {captions_per_image}"
+        )
     prefix = [tokens.dec, *prompt_ids]
     if decoding.method == "beam":
         return _beam(decoder, context, prefix, tokens, decoding, captions_per_image)
     draw = _argmax if decoding.method == "greedy" else sample or _multinomial
     return _step_by_step(
-        decoder, context, prefix, tokens, decoding, seeds, captions_per_image, draw
+        decoder, context, prefix, tokens, decoding, seeds, captions_per_image, draw, on_token
     )
 
 
@@ -138,6 +121,7 @@ def _step_by_step(
     seeds: Sequence[int],
     captions_per_image: int,
     draw: Sampler,
+    on_token: OnToken | None,
 ) -> list[list[Generated]]:
     num_rows = context.num_images * captions_per_image
     generators = [
@@ -145,7 +129,7 @@ def _step_by_step(
         for seed in seeds
         for index in range(captions_per_image)
     ]
-    batch = _Batch.start(decoder, context, prefix, captions_per_image)
+    batch = RunningBatch.start(decoder, context, prefix, captions_per_image)
     is_done = torch.zeros(num_rows, dtype=torch.bool, device=context.device)
     written: dict[int, list[Generated]] = {}
     min_length, max_length = _lengths(decoding, len(prefix))
@@ -160,6 +144,10 @@ def _step_by_step(
         chosen = draw(scores.softmax(dim=1), own).masked_fill(is_done, tokens.pad)
         batch.append(chosen, logits.log_softmax(dim=1))
         is_done |= chosen == tokens.sep
+        if on_token is not None:
+            for place, image in enumerate(batch.images):
+                if image not in written and not on_token(image, *batch.captions(place, tokens)):
+                    is_done[place] = True
         is_over = batch.ids.shape[1] >= max_length
         ended = is_done.view(-1, captions_per_image).all(dim=1) | is_over
         for place in ended.nonzero().flatten().tolist():
@@ -183,7 +171,7 @@ def _beam(
     is_legacy = decoding.scoring == "transformers-4.15"
     min_length, max_length = _lengths(decoding, len(prefix))
     not_counted = 0 if is_legacy else len(prefix)
-    batch = _Batch.start(decoder, context, prefix, num_beams)
+    batch = RunningBatch.start(decoder, context, prefix, num_beams)
     totals = torch.full((context.num_images, num_beams), NEGLIGIBLE, device=device)
     totals[:, 0] = 0.0
     finished: list[list[tuple[float, Generated]]] = [[] for _ in range(context.num_images)]
@@ -250,93 +238,6 @@ def _beam(
     return [[caption for _, caption in best[:captions_per_image]] for best in finished]
 
 
-@dataclass
-class _Batch:
-    """The images that are still written about, K rows each, and what was written so far.
-
-    images  numbers of the images
-    ids     (R, T) tokens with the prefix; gains (R, T - prefix) log-probabilities of the new ones
-    newest  (R, 1) tokens that the cache lacks; at first (B, prefix): rows of an image begin alike,
-            so the prefix is read once per image
-    """
-
-    decoder: Decoder
-    context: Context
-    cache: DecoderCache
-    images: list[int]
-    num_each: int
-    prefix_length: int
-    ids: Tensor
-    gains: Tensor
-    newest: Tensor
-
-    @classmethod
-    def start(
-        cls, decoder: Decoder, context: Context, prefix: list[int], num_each: int
-    ) -> "_Batch":
-        newest = torch.tensor(prefix, device=context.device).repeat(context.num_images, 1)
-        ids = newest.repeat_interleave(num_each, dim=0)
-        gains = torch.zeros(len(ids), 0, device=context.device)
-        return cls(
-            decoder, context, decoder.new_decoder_cache(), list(range(context.num_images)),
-            num_each, len(prefix), ids, gains, newest,
-        )  # fmt: skip
-
-    def next_logits(self) -> Tensor:
-        """Return logits (R, V) of the token that follows in each row."""
-        logits = self.decoder.decode_step(self.newest, self.cache, self.context).float()
-        if len(logits) < len(self.ids):
-            origin = torch.arange(len(logits), device=logits.device)
-            rows = origin.repeat_interleave(self.num_each)
-            self.cache.reorder(rows)
-            logits = logits[rows]
-        return logits
-
-    def append(self, chosen: Tensor, log_probabilities: Tensor) -> None:
-        """Add a token (R,) to each row, with the log-probabilities (R, V) that it came from."""
-        self.newest = chosen[:, None]
-        self.gains = torch.cat([self.gains, log_probabilities.gather(1, self.newest)], dim=1)
-        self.ids = torch.cat([self.ids, self.newest], dim=1)
-
-    def reorder(self, rows: Tensor) -> None:
-        """Go on from other rows, as beam search asks."""
-        self.ids, self.gains = self.ids[rows], self.gains[rows]
-        self.cache.reorder(rows)
-
-    def leave(self, is_done: Tensor) -> Tensor:
-        """Let images go that are done, (B,); return the numbers of the rows that stay.
-
-        The keys and values of those that stay are copied, which costs about as much as a step:
-        below a quarter of the batch nobody leaves.
-        """
-        everyone = torch.arange(len(self.ids), device=is_done.device)
-        num_done = int(is_done.sum())
-        if num_done * LEAVING_PARTS < len(self.images):
-            return everyone
-        stay = (~is_done).nonzero().flatten()
-        rows = everyone.view(-1, self.num_each)[stay].flatten()
-        self.images = [self.images[place] for place in stay.tolist()]
-        if self.images:
-            self.context = self.context.select(stay)
-            self.newest = self.newest[rows]
-            self.reorder(rows)
-        return rows
-
-    def first_rows(self) -> list[int]:
-        """Return the numbers that the rows had at the start."""
-        each = range(self.num_each)
-        return [image * self.num_each + index for image in self.images for index in each]
-
-    def new_ids(self, row: int) -> list[int]:
-        ids: list[int] = self.ids[row, self.prefix_length :].tolist()
-        return ids
-
-    def captions(self, place: int, tokens: SpecialTokens) -> list[Generated]:
-        """Return what was written about the image at `place`."""
-        rows = range(place * self.num_each, (place + 1) * self.num_each)
-        return [_finish(self.new_ids(row), self.gains[row].tolist(), tokens) for row in rows]
-
-
 def _lengths(decoding: Decoding, prefix_length: int) -> tuple[int, int]:
     """Return the total lengths, prefix included, between which a text may end."""
     extra = prefix_length if decoding.scoring == "openblip" else 0
@@ -363,13 +264,6 @@ def _nucleus(scores: Tensor, top_k: int, top_p: float) -> Tensor:
     before = ordered.softmax(dim=1).cumsum(dim=1).roll(1, dims=1)
     before[:, 0] = 0.0
     return scores.masked_fill((before > top_p).scatter(1, order, before > top_p), -torch.inf)
-
-
-def _finish(ids: list[int], gains: list[float], tokens: SpecialTokens) -> Generated:
-    if tokens.sep in ids:
-        end = ids.index(tokens.sep)
-        return Generated(tuple(ids[:end]), tuple(gains[: end + 1]), True)
-    return Generated(tuple(ids), tuple(gains), False)
 
 
 def _argmax(probabilities: Tensor, generators: Sequence[torch.Generator]) -> Tensor:

@@ -10,14 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from openblip.answering import (
-    ANSWER_DECODING,
-    Answer,
-    Candidates,
-    encode_questions,
-    rank_answers,
-    write_answers,
-)
+from openblip.answering import ANSWER_DECODING, Answer, Candidates, answer_batches
 from openblip.backend import Backend, TorchBackend
 from openblip.batching import (
     Batcher,
@@ -31,19 +24,17 @@ from openblip.batching import (
 from openblip.captions import DEFAULT_PROMPT, clean_caption
 from openblip.generation import Decoding, generate
 from openblip.kernels import Precision, best_precision, prepare
+from openblip.labels import (
+    DEFAULT_TEMPLATES,
+    LabelScore,
+    LabelScores,
+    label_sentences,
+)
 from openblip.models.blip import Blip
 from openblip.models.vqa import Vqa
 from openblip.results import Judgement, LabelGuess, Labels, WrittenCaption
 from openblip.tokenizer import MAX_TEXT_TOKENS, TokenBatch, Tokenizer
-
-DEFAULT_TEMPLATES = (
-    "a picture of {}",
-    "a picture of a {}",
-    "a photo of the {}",
-    "there is a {} in the picture",
-    "a close-up of a {}",
-)
-"""Sentences that a label is put into, at `{}`."""
+from openblip.words import OnWord, WordStream, written_caption
 
 Dtype = Precision | Literal["auto"]
 T = TypeVar("T")
@@ -122,24 +113,28 @@ class Engine:
         prompt: str = DEFAULT_PROMPT,
         captions_per_image: int = 1,
         seeds: Sequence[int] | None = None,
+        on_word: OnWord | None = None,
     ) -> list[list[WrittenCaption]]:
         """Write captions.
 
         decoding  by default beam search with 3 beams, 5 to 20 tokens
         prompt    given to the decoder, and cut off what it writes
         seeds     one per image, for nucleus; by default 0, 1, 2 ...
+        on_word   for greedy and nucleus with one caption per image: called with the image's number
+                  and a word as soon as the word is certain; returning False ends the caption there
         Returns   per image its captions, of beam search the best first
         Raises ValueError as `generation.generate` does, and ImageDecodeError.
         """
         # [CLS] and [SEP] of the encoded prompt are no part of what is decoded.
         prompt_ids = self.tokenizer.encode(prompt)[1:-1]
         rest = None if seeds is None else list(seeds)
+        stream = None if on_word is None else WordStream(self.tokenizer, on_word)
         done = 0
 
         def write(encoded: Encoded) -> list[list[WrittenCaption]]:
             nonlocal done
-            stop = done + len(encoded)
-            own = list(range(done, stop)) if rest is None else rest[done:stop]
+            start, stop = done, done + len(encoded)
+            own = list(range(start, stop)) if rest is None else rest[start:stop]
             generated = generate(
                 self.backend,
                 encoded.context,
@@ -148,19 +143,13 @@ class Engine:
                 decoding=decoding or Decoding(),
                 seeds=own,
                 captions_per_image=captions_per_image,
+                on_token=None if stream is None else stream.follower(start),
             )
+            if stream is not None:
+                generated = stream.finish(start, generated)
             done = stop
             return [
-                [
-                    WrittenCaption(
-                        self.tokenizer.decode(one.token_ids),
-                        one.log_probabilities,
-                        one.mean_log_probability,
-                        one.is_finished,
-                    )
-                    for one in several
-                ]
-                for several in generated
+                [written_caption(self.tokenizer, one) for one in several] for several in generated
             ]
 
         captions = self._run(images, write)
@@ -244,31 +233,47 @@ class Engine:
         Raises ValueError for no or repeated labels, and for a template without its place.
         Source: CLIP (Radford et al. 2021), section 3.1.4.
         """
-        if not names or not templates:
-            raise ValueError(
-                f"{len(names)} labels and {len(templates)} templates; give some of both"
-            )
-        if repeated := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"labels that stand more than once: {', '.join(repeated)}")
-        if wrong := [template for template in templates if template.count("{}") != 1]:
-            raise ValueError(f"templates need one {{}} for the label; these do not: {wrong}")
-        texts = [template.replace("{}", name) for name in names for template in templates]
-        means = self.embed_texts(texts).view(len(names), len(templates), -1).mean(dim=1)
-        return Labels(tuple(names), F.normalize(means, dim=-1))
+        sentences = label_sentences(names, templates)
+        means = self.embed_texts(sentences).view(len(names), len(templates), -1).mean(dim=1)
+        return Labels(tuple(names), F.normalize(means, dim=-1), sentences)
 
-    def classify(self, images: Images, labels: Labels) -> list[list[LabelGuess]]:
+    def classify(
+        self,
+        images: Images,
+        labels: Labels,
+        *,
+        score: LabelScore = "itc",
+        temperature: float = 1.0,
+    ) -> list[list[LabelGuess]]:
         """Compare each image with all labels; the best guess comes first.
 
-        A probability is the softmax of the cosines over the model's temperature: it is a share
-        among these labels, however ill they all fit.
+        score        itc compares embeddings; itm judges the image beside every sentence of every
+                     label, which takes far longer; both adds them up (`labels.LabelScores`)
+        temperature  above 1 makes the shares more even, below 1 less; the order stays
+        A probability is a share among these labels, however ill they all fit.
+        Raises ValueError for a temperature of 0 or below.
         """
-        similarity = self.embed_images(images) @ labels.embedding.T
-        probability = (similarity / self.backend.temperature).softmax(dim=1)
-        ranked = similarity.sort(dim=1, descending=True, stable=True).indices
-        return [
-            [LabelGuess(labels.names[i], float(shares[i]), float(cosines[i])) for i in order]
-            for order, shares, cosines in zip(ranked.tolist(), probability, similarity, strict=True)
-        ]
+        if not temperature > 0:
+            raise ValueError(f"the temperature is {temperature}; it must be above 0")
+        return self.label_scores(images, labels, score).guesses(labels, temperature)
+
+    def label_scores(self, images: Images, labels: Labels, score: LabelScore) -> LabelScores:
+        """Score every label beside every image, as `classify` does."""
+        own = self.backend.temperature
+        if score == "itc":
+            return LabelScores.of(score, self.embed_images(images) @ labels.embedding.T, own)
+        tokens = tokenize(self.tokenizer, labels.sentences)
+
+        def judge(encoded: Encoded) -> list[tuple[Tensor, Tensor]]:
+            logits = self._logits(encoded, [tokens] * len(encoded))
+            odds = (logits[:, 1] - logits[:, 0]).view(len(encoded), len(labels.names), -1)
+            embedded = self.backend.embed_states(encoded.states).cpu()
+            return list(zip(embedded @ labels.embedding.T, odds.mean(dim=2), strict=True))
+
+        rows = self._run(images, judge)
+        empty = torch.zeros(0, len(labels.names))
+        similarity, odds = map(torch.stack, zip(*rows, strict=True)) if rows else (empty, empty)
+        return LabelScores.of(score, similarity, own, odds)
 
     def ask(
         self,
@@ -287,26 +292,37 @@ class Engine:
         Raises ValueError for a model that does not answer questions, and if there are not as many
         lists as images; ImageDecodeError.
         """
+        ranked = self.ranked_answers(
+            images, questions, candidates=candidates, num_answers=1, shortlist=shortlist,
+            decoding=decoding,
+        )  # fmt: skip
+        return [[several[0] for several in own] for own in ranked]
+
+    def ranked_answers(
+        self,
+        images: Iterable[ImageLike] | Tensor,
+        questions: Sequence[Sequence[str]],
+        *,
+        candidates: Candidates | None = None,
+        num_answers: int = 5,
+        shortlist: int = 128,
+        decoding: Decoding = ANSWER_DECODING,
+    ) -> list[list[tuple[Answer, ...]]]:
+        """Answer as `ask` does, with more than one answer per question.
+
+        num_answers  at most; there are no more than candidates, or beams where the model writes
+        Returns      per image, per question its answers, the best first
+        Raises ValueError and ImageDecodeError as `ask` does.
+        """
         if self._vqa is None:
             raise ValueError("this model answers no questions: `openblip finetune vqa` makes one")
-        answers: list[list[Answer]] = []
-        for pixels in self._batcher.prepared(images):
-            own = questions[len(answers) : len(answers) + len(pixels)]
-            if len(own) < len(pixels):
-                raise ValueError(f"{len(questions)} lists of questions for more images")
-            if not any(own):
-                answers += [[] for _ in own]
-                continue
-            context = encode_questions(self._vqa, self.tokenizer, pixels, own)
-            given = iter(
-                write_answers(self._vqa, self.tokenizer, context, decoding)
-                if candidates is None
-                else rank_answers(self._vqa, context, candidates, shortlist=shortlist)
-            )
-            answers += [[next(given) for _ in several] for several in own]
-        if len(answers) != len(questions):
-            raise ValueError(f"{len(questions)} lists of questions for {len(answers)} images")
-        return answers
+        if num_answers < 1:
+            raise ValueError(f"num_answers {num_answers} must be at least 1")
+        ranked = answer_batches(
+            self._vqa, self.tokenizer, self._batcher.prepared(images), questions,
+            candidates=candidates, shortlist=shortlist, decoding=decoding,
+        )  # fmt: skip
+        return [[several[:num_answers] for several in own] for own in ranked]
 
     def batches(self, images: Iterable[ImageLike] | Tensor) -> Iterator[Encoded]:
         """Encode images batch by batch; they are read in threads, a batch ahead of the model."""
@@ -370,17 +386,7 @@ class Engine:
         return torch.cat(logits)
 
     def _run(self, images: Images, work: Callable[[Encoded], list[T]]) -> list[T]:
-        """Encode images in batches and collect what `work` makes of each."""
-        results: list[T] = []
-        if isinstance(images, Encoded):
-            for start in range(0, len(images), self._batcher.batch_size):
-                results += self._batcher.halving(
-                    images[start : start + self._batcher.batch_size], work
-                )
-            return results
-        for pixels in self._batcher.prepared(images):
-            results += self._batcher.halving(pixels, lambda part: work(self._encode(part)))
-        return results
+        return self._batcher.run(images, self._encode, work)
 
 
 def tokenize(tokenizer: Tokenizer, texts: Sequence[str]) -> TokenBatch:

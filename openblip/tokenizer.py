@@ -137,6 +137,28 @@ class Tokenizer:
         num_truncated = sum(len(row) > max_tokens for row in rows)
         return TokenBatch(token_ids, text_mask, num_truncated)
 
+    def words(self, token_ids: Sequence[int]) -> list[tuple[str, list[int]]]:
+        """Return the words of what `decode` makes of ids, each with the places of its pieces.
+
+        A word is what stands between spaces: "mat." is one, and so is "cat's". Special tokens
+        belong to none.
+        """
+        found: list[tuple[str, list[int]]] = []
+        words = iter(self.decode(token_ids).split(" "))
+        num_open = 0
+        kept = [(place, int(i)) for place, i in enumerate(token_ids) if int(i) not in self._skipped]
+        for number, (place, token) in enumerate(kept):
+            # The decoder leaves the marks of the first piece.
+            piece = str(self._raw.id_to_token(token))
+            num_letters = len(piece if number == 0 else piece.removeprefix("##"))
+            if num_open == 0:
+                found.append((next(words), []))
+                num_open = len(found[-1][0])
+            found[-1][1].append(place)
+            # `decode` takes out spaces alone, so the letters of pieces and words are the same.
+            num_open -= num_letters
+        return found
+
     def decode(self, token_ids: Sequence[int]) -> str:
         """Return the text of ids without special tokens, spaces before punctuation removed."""
         kept = [int(i) for i in token_ids if int(i) not in self._skipped]

@@ -263,7 +263,7 @@ def both_ways(
     """Decode with images that leave together and at once; return the rows of every step."""
     found = {}
     for parts in (1, 100):
-        monkeypatch.setattr("openblip.generation.LEAVING_PARTS", parts)
+        monkeypatch.setattr("openblip.generation_batch.LEAVING_PARTS", parts)
         rows: list[int] = []
         step = blip.decode_step
 

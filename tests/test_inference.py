@@ -1,3 +1,4 @@
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -7,6 +8,7 @@ from PIL import Image
 from torch import Tensor
 from torch.testing import assert_close
 
+from openblip.answering import Candidates
 from openblip.batching import Batcher
 from openblip.generation import Decoding
 from openblip.images import ImageDecodeError
@@ -14,7 +16,8 @@ from openblip.inference import Engine, tokenize
 from openblip.models.blip import Blip, BlipConfig
 from openblip.models.text import MedConfig
 from openblip.models.vision import VisionConfig
-from openblip.results import WrittenCaption
+from openblip.models.vqa import vqa_from_blip
+from openblip.results import Word, WrittenCaption
 from openblip.tokenizer import Tokenizer
 
 TEXTS = ["a red cat on a mat", "a blue dog", "two green birds above a house"]
@@ -52,6 +55,11 @@ def images() -> Tensor:
     return torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 
 
+def engine_of(blip: Blip, tokenizer: Tokenizer, batch_size: int | None = None) -> Engine:
+    """Return an engine in float32, which `auto` is not on every processor."""
+    return Engine(blip, tokenizer, dtype="float32", batch_size=batch_size)
+
+
 def write(
     blip: Blip,
     tokenizer: Tokenizer,
@@ -60,7 +68,7 @@ def write(
     seeds: Sequence[int],
     num: int = 1,
 ) -> list[list[WrittenCaption]]:
-    return Engine(blip, tokenizer).caption(
+    return engine_of(blip, tokenizer).caption(
         images, seeds=seeds, prompt="a red", decoding=decoding, captions_per_image=num
     )
 
@@ -117,7 +125,7 @@ def test_any_number_of_texts_is_judged_as_each_pair_alone(
     blip: Blip, tokenizer: Tokenizer, images: Tensor
 ) -> None:
     texts = [TEXTS, [], [TEXTS[1]], [TEXTS[2], TEXTS[0]]]
-    judged = Engine(blip, tokenizer).match(images, texts)
+    judged = engine_of(blip, tokenizer).match(images, texts)
     assert [len(several) for several in judged] == [3, 0, 1, 2]
     for image, several in enumerate(texts):
         for text, judgement in zip(several, judged[image], strict=True):
@@ -137,14 +145,16 @@ def test_any_number_of_texts_is_judged_as_each_pair_alone(
 def test_images_without_any_text_are_judged_empty(
     blip: Blip, tokenizer: Tokenizer, images: Tensor
 ) -> None:
-    assert Engine(blip, tokenizer).match(images, [[]] * 4) == [[]] * 4
+    assert engine_of(blip, tokenizer).match(images, [[]] * 4) == [[]] * 4
     with pytest.raises(ValueError, match="3 lists of texts for 4 images"):
-        Engine(blip, tokenizer).match(images, [TEXTS] * 3)
+        engine_of(blip, tokenizer).match(images, [TEXTS] * 3)
 
 
 def test_texts_are_judged_cleaned_and_cut(blip: Blip, tokenizer: Tokenizer, images: Tensor) -> None:
     texts = ["a blue dog", " A  BLUE (dog)!", " ".join(["cat"] * 60), ""]
-    [[plain, shouted, long, empty], *_] = Engine(blip, tokenizer).match(images, [texts, [], [], []])
+    [[plain, shouted, long, empty], *_] = engine_of(blip, tokenizer).match(
+        images, [texts, [], [], []]
+    )
     assert plain.match_probability == pytest.approx(shouted.match_probability, abs=1e-6)
     assert 0 <= long.match_probability <= 1
     assert 0 <= empty.match_probability <= 1
@@ -153,9 +163,9 @@ def test_texts_are_judged_cleaned_and_cut(blip: Blip, tokenizer: Tokenizer, imag
 def test_embeddings_have_unit_norm_and_know_no_batches(
     blip: Blip, tokenizer: Tokenizer, images: Tensor
 ) -> None:
-    whole = Engine(blip, tokenizer)
+    whole = engine_of(blip, tokenizer)
     for batch_size in (1, 3, 10):
-        engine = Engine(blip, tokenizer, batch_size=batch_size)
+        engine = engine_of(blip, tokenizer, batch_size=batch_size)
         image_embedding, text_embedding = (
             engine.embed_images(list(images)),
             engine.embed_texts(TEXTS),
@@ -167,7 +177,7 @@ def test_embeddings_have_unit_norm_and_know_no_batches(
 
 
 def test_nothing_is_embedded_as_nothing(blip: Blip, tokenizer: Tokenizer) -> None:
-    engine = Engine(blip, tokenizer)
+    engine = engine_of(blip, tokenizer)
     assert engine.embed_images([]).shape == (0, 8)
     assert engine.embed_texts([]).shape == (0, 8)
     assert engine.caption([]) == engine.match([], []) == []
@@ -190,13 +200,13 @@ def test_an_absent_role_is_named(blip: Blip, tokenizer: Tokenizer, images: Tenso
     with pytest.raises(ValueError, match="no role 'decode'"):
         write(judge, tokenizer, images, DECODINGS["greedy"], range(4))
     with pytest.raises(ValueError, match="the model takes 16 x 16"):
-        Engine(blip, tokenizer).embed_images(torch.zeros(1, 3, 24, 24))
+        engine_of(blip, tokenizer).embed_images(torch.zeros(1, 3, 24, 24))
 
 
 def test_one_encoding_serves_all_questions(
     blip: Blip, tokenizer: Tokenizer, images: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = Engine(blip, tokenizer)
+    engine = engine_of(blip, tokenizer)
     matrix = engine.match_matrix(images, TEXTS)
     captions = engine.caption(images, decoding=DECODINGS["greedy"])
     embedding = engine.embed_images(images)
@@ -230,17 +240,17 @@ def test_an_image_comes_as_file_path_bytes_or_picture(
     picture.putpixel((3, 3), (0, 0, 255))
     path = tmp_path / "a.png"
     picture.save(path)
-    embeddings = Engine(blip, tokenizer).embed_images([path, path.read_bytes(), picture])
+    embeddings = engine_of(blip, tokenizer).embed_images([path, path.read_bytes(), picture])
     assert_close(embeddings[0], embeddings[1])
     assert_close(embeddings[0], embeddings[2])
     with pytest.raises(ImageDecodeError, match="not_an_image"):
-        Engine(blip, tokenizer).embed_images([path, b"no image"])
+        engine_of(blip, tokenizer).embed_images([path, b"no image"])
 
 
 def test_a_batch_that_does_not_fit_is_halved(
     blip: Blip, tokenizer: Tokenizer, images: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = Engine(blip, tokenizer, batch_size=4)
+    engine = engine_of(blip, tokenizer, batch_size=4)
     expected = engine.match(list(images), [TEXTS] * 4)
     encode, sizes = engine.backend.encode_images, []
 
@@ -270,10 +280,116 @@ def test_a_batch_that_does_not_fit_is_halved(
 
 
 def test_a_model_is_asked_what_it_can(blip: Blip, tokenizer: Tokenizer, images: Tensor) -> None:
-    engine = Engine(blip, tokenizer)
+    engine = engine_of(blip, tokenizer)
     with pytest.raises(ValueError, match="answers no questions"):
         engine.ask(images, [["what?"]] * 4)
     with pytest.raises(ValueError, match="float16 is for GPUs"):
         Engine(blip, tokenizer, dtype="float16")
     with pytest.raises(ValueError, match="3 texts for 4 images"):
         engine.refine(images, TEXTS)
+
+
+@pytest.mark.parametrize("method", ["greedy", "nucleus"])
+def test_words_come_while_a_caption_is_written(
+    blip: Blip, tokenizer: Tokenizer, images: Tensor, method: str
+) -> None:
+    decoding = DECODINGS[method]
+    engine = engine_of(blip, tokenizer, batch_size=3)  # two batches
+    expected = engine.caption(list(images), decoding=decoding)
+    assert engine.caption(list(images), decoding=decoding, on_word=lambda *_: True) == expected
+    told: dict[int, list[Word]] = {image: [] for image in range(4)}
+
+    def on_word(image: int, word: Word) -> bool:
+        told[image].append(word)
+        return not (image == 1 and len(told[image]) == 2)
+
+    captions = engine.caption(list(images), decoding=decoding, on_word=on_word)
+    for image, [caption] in enumerate(captions):
+        [whole] = expected[image]
+        assert tuple(told[image]) == caption.words
+        assert " ".join(word.text for word in caption.words) == caption.text
+        if image == 1:
+            assert len(whole.words) > 2
+            assert caption.text.split() == [word.text for word in whole.words[:2]]
+            assert not caption.is_finished
+        else:  # but for the rounding of a batch that lacks an image
+            assert (caption.text, caption.is_finished) == (whole.text, whole.is_finished)
+        num_kept = len(caption.token_log_probabilities)
+        assert caption.token_log_probabilities == pytest.approx(
+            whole.token_log_probabilities[:num_kept], abs=1e-4
+        )
+    with pytest.raises(ValueError, match="not with beam"):
+        engine.caption(images, on_word=on_word)
+    with pytest.raises(ValueError, match="nucleus and 2"):
+        engine.caption(images, decoding=DECODINGS["nucleus"], captions_per_image=2, on_word=on_word)
+
+
+def test_the_product_of_all_words_and_the_end_is_the_caption(
+    blip: Blip, tokenizer: Tokenizer, images: Tensor
+) -> None:
+    for [caption] in write(blip, tokenizer, images, DECODINGS["beam"], range(4)):
+        logs = sum(math.log(word.probability) for word in caption.words)
+        end = caption.token_log_probabilities[-1] if caption.is_finished else 0.0
+        assert logs + end == pytest.approx(sum(caption.token_log_probabilities), abs=1e-4)
+
+
+def test_classifying_by_itc_itm_and_both(blip: Blip, tokenizer: Tokenizer, images: Tensor) -> None:
+    engine = engine_of(blip, tokenizer)
+    names, templates = ["red cat", "dog", "green birds"], ["a {}", "{} on a mat"]
+    labels = engine.labels(names, templates)
+    plain = engine.classify(images, labels)
+    assert plain == engine.classify(images, labels, score="itc")
+    assert all(guess.match_probability is None for several in plain for guess in several)
+    sentences = [template.replace("{}", name) for name in names for template in templates]
+    odds = engine.match_matrix(images, sentences).logit().view(4, 3, 2).mean(dim=2)
+    cosines = engine.embed_images(images) @ labels.embedding.T
+    expected = {"itm": odds, "both": odds + cosines / blip.temperature.item()}
+    for score in ("itm", "both"):
+        guessed = engine.classify(list(images), labels, score=score)
+        assert engine.classify(engine.encode(images), labels, score=score)[0][0].label == (
+            guessed[0][0].label
+        )
+        for image, several in enumerate(guessed):
+            assert sum(guess.probability for guess in several) == pytest.approx(1.0)
+            assert several == sorted(several, key=lambda guess: -guess.probability)
+            for guess in several:
+                place = image, names.index(guess.label)
+                share = expected[score].softmax(dim=1)[place]
+                assert guess.probability == pytest.approx(float(share), abs=1e-4)
+                assert guess.similarity == pytest.approx(float(cosines[place]), abs=1e-5)
+                assert guess.match_probability == pytest.approx(
+                    float(odds.sigmoid()[place]), abs=1e-4
+                )
+    [even] = engine.classify(images[:1], labels, temperature=1e6)
+    assert [guess.probability for guess in even] == pytest.approx([1 / 3] * 3, abs=1e-3)
+    assert [guess.label for guess in even] == [guess.label for guess in plain[0]]
+    assert engine.classify([], labels, score="itm") == []
+    with pytest.raises(ValueError, match="temperature is 0"):
+        engine.classify(images, labels, temperature=0)
+
+
+def test_ranked_answers_begin_with_the_answer(
+    blip: Blip, tokenizer: Tokenizer, images: Tensor
+) -> None:
+    torch.manual_seed(0)
+    engine = Engine(vqa_from_blip(blip).model.eval(), tokenizer, dtype="float32")
+    questions = [["what?", "a red cat?"], [], ["a dog?"], ["where?"]]
+    chosen = Candidates.of(["cat", "a dog", "green birds"], tokenizer)
+    for candidates in (None, chosen):
+        single = engine.ask(images, questions, candidates=candidates)
+        ranked = engine.ranked_answers(images, questions, candidates=candidates)
+        assert [[several[0] for several in own] for own in ranked] == single
+        for several in (several for own in ranked for several in own):
+            assert sum(answer.probability for answer in several) == pytest.approx(1.0, abs=1e-6)
+            assert len({answer.text for answer in several}) == len(several) <= 3
+        fewer = engine.ranked_answers(images, questions, candidates=candidates, num_answers=2)
+        assert fewer == [[several[:2] for several in own] for own in ranked]
+    for several in (several for own in ranked for several in own):
+        assert len(several) == 3
+        logs = torch.tensor([answer.log_probability for answer in several])
+        assert_close(logs.softmax(dim=0), torch.tensor([answer.probability for answer in several]))
+        assert list(logs) == sorted(logs, reverse=True)
+    shortlisted = engine.ranked_answers(images, questions, candidates=chosen, shortlist=2)
+    assert all(len(several) == 2 for own in shortlisted for several in own)
+    with pytest.raises(ValueError, match="num_answers 0"):
+        engine.ranked_answers(images, questions, num_answers=0)

@@ -12,7 +12,8 @@ import torch
 
 from openblip.data.files import list_files, read_batches
 from openblip.evaluation.metrics import recalls
-from openblip.inference import DEFAULT_TEMPLATES, Engine
+from openblip.inference import Engine
+from openblip.labels import DEFAULT_TEMPLATES
 from openblip.training.log import ProgressLine
 
 

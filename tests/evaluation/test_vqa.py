@@ -101,7 +101,7 @@ def test_every_question_is_answered_and_judged(vqa: Vqa, tokenizer: Tokenizer) -
 
     def red(context: Context) -> list[Answer]:
         sizes.append(context.num_images)
-        return [Answer("Red", -1.0)] * context.num_images
+        return [Answer("Red", -1.0, 1.0)] * context.num_images
 
     report = evaluate_vqa(vqa, tokenizer, samples, answer=red, batch_size=2)
     assert sizes == [3, 1]

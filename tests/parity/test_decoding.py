@@ -36,7 +36,7 @@ def test_greedy_beam_and_nucleus(
     reference: Path, official_blip, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Rows stay to the end, as in the original, so that every step's can be compared.
-    monkeypatch.setattr("openblip.generation.LEAVING_PARTS", 1)
+    monkeypatch.setattr("openblip.generation_batch.LEAVING_PARTS", 1)
     facts = json.loads((reference / "decoder.json").read_text())
     tensors = load_file(reference / "decoder_io.safetensors")
     blip = official_blip(frozenset({"decode"}))
