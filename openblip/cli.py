@@ -23,6 +23,7 @@ from openblip import (
     cli_capfilt,
     cli_caption,
     cli_evaluate,
+    cli_explain,
     cli_export,
     cli_stages,
     cli_vqa,
@@ -79,6 +80,7 @@ app.command()(cli_stages.draw)
 app.command()(cli_stages.bootstrap)
 app.command()(cli_stages.pretrain)
 app.command()(cli_evaluate.classify)
+app.command()(cli_explain.explain)
 app.command()(cli_bench.bench)
 app.command()(cli_caption.caption)
 app.add_typer(cli_stages.finetune_app, name="finetune")

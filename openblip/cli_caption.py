@@ -1,7 +1,8 @@
 """`openblip caption`: parse, call, print, as in `cli`."""
 
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -16,6 +17,9 @@ from openblip.data.caption_rows import (
     write_sidecar,
 )
 from openblip.data.shards import checksum
+
+if TYPE_CHECKING:
+    from openblip.results import WrittenCaption
 
 EXIT_FAILED_IMAGES = 1
 
@@ -53,11 +57,21 @@ def caption(
     is_strict: Annotated[
         bool, typer.Option("--strict", help="Exit with 1 if a file could not be captioned.")
     ] = False,
+    has_words: Annotated[
+        bool,
+        typer.Option(
+            "--words",
+            help="Also give every word's probability, and flags: repetition, low_confidence.",
+        ),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Write captions for images.
 
     Prints a line with path, tab and caption for each. Folders are read with all that is in them.
+    With --words a line goes on with a tab and, for each word, the word and its probability, then a
+    tab and the flags. A caption is flagged low_confidence if a word is less probable than 0.05, or
+    the tokens on average than 0.25, and repetition if words are said again at once.
     A file that is no image, or is damaged, is named on stderr with the reason, and the others are
     captioned all the same.
     """
@@ -94,7 +108,9 @@ def caption(
             "seed": seed, "batch_size": batch_size, "sidecar": has_sidecars,
             "skip_existing": skips_existing,
         }  # fmt: skip
-        rows = CaptionRows(out, settings, files, set(skipped))
+        if has_words:
+            settings["words"] = True
+        rows = CaptionRows(out, settings, files, set(skipped), has_words=has_words)
         files, skipped = rows.files, rows.skipped
     else:
         left_out = set(skipped)
@@ -113,16 +129,13 @@ def caption(
                     captions_per_image=num_captions,
                 )  # fmt: skip
                 for path, several in zip(names, written, strict=True):
-                    captions = [
-                        {"text": one.text, "mean_log_probability": one.mean_log_probability}
-                        for one in several
-                    ]
+                    captions = [_row(one, has_words=has_words) for one in several]
                     new.append({"path": str(path), "captions": captions})
                     if has_sidecars:
                         write_sidecar(path, [one.text for one in several])
                     if rows is None and not as_json:
                         for one in several:
-                            print(f"{path}\t{one.text}", flush=True)
+                            print(f"{path}\t{_line(one, has_words=has_words)}", flush=True)
                 progress.advance(len(new))
                 if rows is not None:
                     rows.append(new)
@@ -149,3 +162,21 @@ def caption(
         )
     if failed and is_strict:
         raise typer.Exit(EXIT_FAILED_IMAGES)
+
+
+def _row(caption: "WrittenCaption", *, has_words: bool) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "text": caption.text,
+        "mean_log_probability": caption.mean_log_probability,
+    }
+    if has_words:
+        row["flags"] = list(caption.flags)
+        row["words"] = [asdict(word) for word in caption.words]
+    return row
+
+
+def _line(caption: "WrittenCaption", *, has_words: bool) -> str:
+    if not has_words:
+        return caption.text
+    words = " ".join(f"{word.text} {word.probability:.2f}" for word in caption.words)
+    return f"{caption.text}\t{words}\t{' '.join(caption.flags)}"

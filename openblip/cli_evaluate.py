@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -19,15 +19,36 @@ Templates = Annotated[
     ),
 ]
 
+Score = Annotated[
+    Literal["itc", "itm", "both"],
+    typer.Option(
+        "--score",
+        help="What is asked: itc compares embeddings; itm judges the image beside every sentence "
+        "of every label, which takes far longer; both adds them up.",
+    ),
+]
+
 
 def classify(
     paths: Annotated[
         list[Path], typer.Argument(metavar="PATHS", help="Image files, and folders of them.")
     ],
-    labels: Annotated[
-        str, typer.Option(help="Labels with commas between them, or a text file of one a line.")
-    ],
     model: ModelOption,
+    labels: Annotated[
+        str | None,
+        typer.Option(help="Labels with commas between them, or a text file of one a line."),
+    ] = None,
+    labels_file: Annotated[
+        Path | None, typer.Option(help="Text file of labels, one a line, instead of --labels.")
+    ] = None,
+    score: Score = "itc",
+    temperature: Annotated[
+        float,
+        typer.Option(
+            help="Divides what the shares are made of: `openblip evaluate classification` says "
+            "which one makes them fit your images."
+        ),
+    ] = 1.0,
     templates: Templates = None,
     num_shown: Annotated[int, typer.Option("--top", min=1, help="Labels that are shown.")] = 5,
     batch_size: Annotated[int, typer.Option(min=1, help="Images that are encoded together.")] = 16,
@@ -38,13 +59,14 @@ def classify(
 
     No training is needed: each label is put into sentences, which are compared with the image.
     Prints path, label and its share among the labels for each image; the best label comes first.
+    Shares sum to 1 over the labels, however ill they all fit; where ITM was asked, the JSON also
+    has a match_probability of each label on its own.
     A file that is no image is named on stderr with the reason.
     """
     from openblip.data.files import list_files, read_batches
     from openblip.hub import load_engine
 
-    names = _lines(Path(labels)) if Path(labels).is_file() else labels.split(",")
-    names = [name.strip() for name in names if name.strip()]
+    names = _label_names(labels, labels_file)
     images: list[dict[str, Any]] = []
     failed: list[dict[str, str]] = []
 
@@ -56,7 +78,8 @@ def classify(
     engine = load_engine(model, dtype=dtype)
     known = engine.labels(names, _templates(templates))
     for read, batch in read_batches(files, engine.image_size_px, batch_size, on_bad=on_bad):
-        for path, guesses in zip(read, engine.classify(batch, known), strict=True):
+        guessed = engine.classify(batch, known, score=score, temperature=temperature)
+        for path, guesses in zip(read, guessed, strict=True):
             best = guesses[:num_shown]
             images.append({"path": str(path), "labels": [asdict(guess) for guess in best]})
             if not as_json:
@@ -79,11 +102,14 @@ def evaluate_classification(
         ),
     ] = None,
     templates: Templates = None,
+    score: Score = "itc",
     as_json: AsJson = False,
 ) -> None:
     """Measure classification without training.
 
-    The share of images whose class is the label that fits best, and among the best five.
+    The share of images whose class is the label that fits best, and among the best five. The
+    calibration error is the mean distance between the share that the best label was given and how
+    often it was right; the temperature, for `openblip classify --temperature`, makes both agree.
     """
     from openblip.evaluation.zero_shot import class_folders
     from openblip.evaluation.zero_shot import evaluate_classification as evaluate
@@ -94,8 +120,10 @@ def evaluate_classification(
     words = None if names is None else _names(names)
     texts = _templates(templates)
     engine = Engine(*load(model), dtype="float32")
-    report = evaluate(engine, data, names=words, templates=texts)
+    report = evaluate(engine, data, names=words, templates=texts, score=score)
     rows = [["top-1 in %", f"{report.top_1:.2f}"], ["top-5 in %", f"{report.top_5:.2f}"]]
+    rows += [["calibration error", f"{report.ece:.4f}"]]
+    rows += [[f"with temperature {report.temperature:g}", f"{report.ece_calibrated:.4f}"]]
     rows += [["images", str(report.num_images)], ["classes", str(report.num_classes)]]
     rows += [[f"not used: {reason}", str(number)] for reason, number in report.unusable.items()]
     answer(report.to_json(), table(rows), as_json=as_json)
@@ -180,6 +208,18 @@ def _templates(path: Path | None) -> Sequence[str]:
     from openblip.labels import DEFAULT_TEMPLATES
 
     return DEFAULT_TEMPLATES if path is None else [line for line in _lines(path) if line.strip()]
+
+
+def _label_names(labels: str | None, file: Path | None) -> list[str]:
+    """Return what `--labels` or `--labels-file` names. Raises ValueError unless one is given."""
+    if (labels is None) == (file is None):
+        raise ValueError("give the labels either by --labels or by --labels-file")
+    if file is not None:
+        names = _lines(file)
+    else:
+        assert labels is not None
+        names = _lines(Path(labels)) if Path(labels).is_file() else labels.split(",")
+    return [name.strip() for name in names if name.strip()]
 
 
 def _lines(path: Path) -> list[str]:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -34,10 +34,23 @@ def ask(
     model: ModelOption,
     answers: Answers = None,
     shortlist: Shortlist = 128,
+    num_shown: Annotated[
+        int | None,
+        typer.Option(
+            "--top",
+            min=1,
+            help="Show this many answers with their probabilities: shares among the answers of the "
+            "shortlist, or among the beams, 3 at most, where the model writes its own.",
+        ),
+    ] = None,
     dtype: DtypeOption = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Answer questions about an image."""
+    """Answer questions about an image.
+
+    Prints a line with question, tab and answer; with --top a line for each answer, the best first,
+    and its probability behind another tab.
+    """
     from openblip.answering import Candidates
     from openblip.data.files import prepare_image
     from openblip.hub import load_vqa
@@ -48,13 +61,24 @@ def ask(
     engine = Engine(*load_vqa(model), dtype=dtype)
     pixels = prepare_image(data, image, engine.image_size_px)
     chosen = None if candidates is None else Candidates.of(candidates, engine.tokenizer)
-    [given] = engine.ask([pixels], [questions], candidates=chosen, shortlist=shortlist)
-    pairs = list(zip(questions, given, strict=True))
-    result = [
-        {"question": question, "answer": one.text, "log_probability": one.log_probability}
-        for question, one in pairs
-    ]
-    lines = [f"{question}\t{one.text}" for question, one in pairs]
+    [given] = engine.ranked_answers(
+        [pixels], [questions], candidates=chosen, num_answers=num_shown or 1, shortlist=shortlist
+    )
+    result, lines = [], []
+    for question, ranked in zip(questions, given, strict=True):
+        best = ranked[0]
+        row: dict[str, Any] = {
+            "question": question,
+            "answer": best.text,
+            "log_probability": best.log_probability,
+            "probability": best.probability,
+        }
+        if num_shown is None:
+            lines.append(f"{question}\t{best.text}")
+        else:
+            row["ranked"] = [asdict(one) for one in ranked]
+            lines += [f"{question}\t{one.text}\t{one.probability:.4f}" for one in ranked]
+        result.append(row)
     answer({"image": str(image), "answers": result}, "\n".join(lines), as_json=as_json)
 
 

@@ -11,7 +11,7 @@ import copy
 import functools
 import platform
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -82,6 +82,7 @@ class Int8Linear(nn.Module):
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
         weight = weight.detach().float()
+        self.num_inputs = weight.shape[1]
         self.bias = None if bias is None else bias.detach().float()
         self.scales = weight.abs().amax(dim=1).clamp_min(1e-12) / LARGEST_INT8
         quantised = (weight / self.scales[:, None]).round_().to(torch.int8)
@@ -154,6 +155,38 @@ def prepare(model: M, precision: Precision, *, prepack: bool = True) -> M:
     if is_int8 or (prepack and device.type == "cpu" and is_x86()):
         _replace(prepared, Int8Linear if is_int8 else PackedLinear)
     return prepared
+
+
+def plain(module: M) -> M:
+    """Return a module for gradients, in float32: the reverse of `prepare`, as far as it goes.
+
+    Weights that are float32 are shared. What bfloat16 or int8 has rounded stays as it runs.
+    """
+    if isinstance(module, PackedLinear):
+        return cast(M, _linear(module.weight, module.bias))
+    if isinstance(module, Int8Linear):
+        # Rows with a single 1 are exact in int8: what comes out is the weight, as it is used.
+        bias = module.bias
+        rows = module(torch.eye(module.num_inputs))
+        return cast(M, _linear((rows if bias is None else rows - bias).T.contiguous(), bias))
+    copied = copy.copy(module)
+    copied._modules = {n: c if c is None else plain(c) for n, c in module._modules.items()}
+    copied._parameters = {
+        name: value
+        if value is None or value.dtype == torch.float32
+        else nn.Parameter(value.detach().float(), requires_grad=False)
+        for name, value in module._parameters.items()
+    }
+    copied.training = False
+    return copied
+
+
+def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight.float(), requires_grad=False)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.float(), requires_grad=False)
+    return linear
 
 
 def _replace(module: nn.Module, kind: type[PackedLinear] | type[Int8Linear]) -> None:

@@ -3,6 +3,7 @@
 Letters: B texts, L tokens.
 """
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -136,6 +137,26 @@ class Tokenizer:
             text_mask[index, : len(row)] = 1
         num_truncated = sum(len(row) > max_tokens for row in rows)
         return TokenBatch(token_ids, text_mask, num_truncated)
+
+    def words_of_text(self, text: str, *, max_tokens: int) -> list[tuple[str, list[int]]]:
+        """Return the words of a text, each with the places of its tokens in `encode_batch`'s row.
+
+        A word is what stands between spaces, as it was given. Those without a token, as they stand
+        behind what is cut, are left out.
+        """
+        whole = _whole(text)
+        encoding = self._raw.encode(whole)
+        last = min(len(encoding.ids), max_tokens) - 1
+        found = []
+        for word in re.finditer(r"\S+", whole):
+            places = [
+                place
+                for place, (start, _) in enumerate(encoding.offsets[1:last], 1)
+                if word.start() <= start < word.end()
+            ]
+            if places:
+                found.append((word.group(), places))
+        return found
 
     def words(self, token_ids: Sequence[int]) -> list[tuple[str, list[int]]]:
         """Return the words of what `decode` makes of ids, each with the places of its pieces.

@@ -18,6 +18,11 @@ from openblip.capfilt.filter import CLIPPED_AT, tempered
 from openblip.checkpoint import CALIBRATION
 from openblip.data.sinks import write_json_atomically
 from openblip.evaluation.metrics import roc_auc
+from openblip.evaluation.reliability import (
+    ReliabilityBin,
+    expected_calibration_error,
+    reliability_bins,
+)
 from openblip.evaluation.thresholds import (
     OperatingPoint,
     average_precision,
@@ -29,7 +34,6 @@ from openblip.evaluation.thresholds import (
 
 FEWEST_PAIRS = 10
 """Of each class; with fewer a curve is a matter of luck."""
-NUM_BINS = 15
 COOLEST, HOTTEST = 0.05, 20.0
 """Limits of the search for a temperature: of pairs that the filter separates without a mistake the
 likelihood rises for ever towards 0, and where it knows nothing, towards infinity."""
@@ -38,21 +42,6 @@ MOST_CURVE_POINTS = 500
 _GRID = [step / 100 for step in range(101)]
 
 Floats = NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class ReliabilityBin:
-    """The pairs whose probability p is low <= p < high; the last bin holds p = 1 too.
-
-    mean_probability, match_share  what the filter said of them, and the share that matches; None
-                                   where there are none
-    """
-
-    low: float
-    high: float
-    num_pairs: int
-    mean_probability: float | None
-    match_share: float | None
 
 
 @dataclass(frozen=True)
@@ -188,41 +177,6 @@ def brier_score(probabilities: Sequence[float], labels: Sequence[bool]) -> float
     """Return the mean squared distance of p from 1 for matches and 0 for others."""
     distance = np.asarray(probabilities, dtype=np.float64) - np.asarray(labels, dtype=np.float64)
     return float((distance**2).mean())
-
-
-def reliability_bins(
-    probabilities: Sequence[float], labels: Sequence[bool], num_bins: int = NUM_BINS
-) -> tuple[ReliabilityBin, ...]:
-    """Compare p with the share of matches in bins of equal width."""
-    values = np.asarray(probabilities, dtype=np.float64)
-    is_match = np.asarray(labels, dtype=np.float64)
-    place = np.minimum((values * num_bins).astype(np.int64), num_bins - 1)
-    counts = np.bincount(place, minlength=num_bins)
-    said = np.bincount(place, weights=values, minlength=num_bins)
-    true = np.bincount(place, weights=is_match, minlength=num_bins)
-    return tuple(
-        ReliabilityBin(
-            low=number / num_bins,
-            high=(number + 1) / num_bins,
-            num_pairs=int(count),
-            mean_probability=float(said[number] / count) if count else None,
-            match_share=float(true[number] / count) if count else None,
-        )
-        for number, count in enumerate(counts)
-    )
-
-
-def expected_calibration_error(bins: Sequence[ReliabilityBin]) -> float:
-    """Return the mean, over pairs, of the distance between what their bin said and what was true.
-
-    Source: Naeini et al. 2015; of the probability of a match, not of the likelier class.
-    """
-    total = sum(one.num_pairs for one in bins)
-    error = 0.0
-    for one in bins:
-        if one.mean_probability is not None and one.match_share is not None:
-            error += one.num_pairs / total * abs(one.mean_probability - one.match_share)
-    return error
 
 
 def save_temperature(folder: Path, calibration: Calibration, model: str) -> Path:

@@ -3,8 +3,9 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from openblip.capfilt.calibration import NUM_BINS, Calibration, Scale
+from openblip.capfilt.calibration import Calibration, Scale
 from openblip.data.sinks import write_json_atomically
+from openblip.evaluation.reliability import NUM_BINS
 from openblip.evaluation.thresholds import OperatingPoint
 from openblip.page import (
     Html,

@@ -27,8 +27,20 @@ SCHEMA = pa.schema(
     ]
 )
 
+WORDS_SCHEMA = pa.schema(
+    [
+        *SCHEMA,
+        ("flags", pa.list_(pa.list_(pa.string()))),
+        ("words", pa.list_(pa.list_(pa.string()))),
+        ("word_probabilities", pa.list_(pa.list_(pa.float64()))),
+    ]
+)
+
 Row = Mapping[str, Any]
-"""`path` with `captions`, each a `text` with its `mean_log_probability`, or with an `error`."""
+"""`path` with `captions`, each a `text` with its `mean_log_probability`, or with an `error`.
+
+With words, a caption also has `flags`, and `words`, each a `text` with its `probability`.
+"""
 
 
 class CaptionRows:
@@ -42,10 +54,18 @@ class CaptionRows:
     """
 
     def __init__(
-        self, target: Path, settings: Mapping[str, Any], files: Sequence[Path], skipped: set[Path]
+        self,
+        target: Path,
+        settings: Mapping[str, Any],
+        files: Sequence[Path],
+        skipped: set[Path],
+        *,
+        has_words: bool = False,
     ) -> None:
         """Start, or go on with what is there.
 
+        has_words  the captions come with flags and words, which become columns of their own; in
+                   CSV the flags and the probabilities have spaces between them
         files    all that was found; `target` and what stands beside it until then are left out
         skipped  of them those that the first run leaves out; the runs that go on do as it did
         Raises ValueError for another ending, if `target` exists, and if an earlier run had other
@@ -55,6 +75,7 @@ class CaptionRows:
             raise ValueError(f"{target}: the name must end in {', '.join(KINDS)}")
         if target.exists():
             raise ValueError(f"{target} exists: remove it, or choose another name")
+        self._has_words = has_words
         self._target, self._partial = target, target.with_name(f".{target.name}.partial")
         self._failed = target.with_name(f"{target.name}.failed.jsonl")
         own = {path.resolve() for path in (self._partial, self._failed)}
@@ -139,31 +160,43 @@ class CaptionRows:
     def _write_csv(self, path: Path) -> None:
         with path.open("w", encoding="utf-8", newline="") as file:
             writer = csv.writer(file)
-            writer.writerow(["path", "caption", "mean_log_probability"])
+            head = ["path", "caption", "mean_log_probability"]
+            writer.writerow([*head, "flags", "word_probabilities"] if self._has_words else head)
             for row in self._rows():
                 for one in row.get("captions", ()):
-                    writer.writerow([row["path"], one["text"], one["mean_log_probability"]])
+                    cells = [row["path"], one["text"], one["mean_log_probability"]]
+                    if self._has_words:
+                        probabilities = (f"{word['probability']:.6g}" for word in one["words"])
+                        cells += [" ".join(one["flags"]), " ".join(probabilities)]
+                    writer.writerow(cells)
 
     def _write_parquet(self, path: Path) -> None:
-        with pq.ParquetWriter(path, SCHEMA) as writer:
+        schema = WORDS_SCHEMA if self._has_words else SCHEMA
+        with pq.ParquetWriter(path, schema) as writer:
             group: list[dict[str, Any]] = []
             for row in self._rows():
                 if "error" in row:
                     continue
-                group.append(
-                    {
-                        "path": row["path"],
-                        "captions": [one["text"] for one in row["captions"]],
-                        "mean_log_probabilities": [
-                            one["mean_log_probability"] for one in row["captions"]
-                        ],
-                    }
-                )
+                group.append(_columns(row, has_words=self._has_words))
                 if len(group) == ROWS_PER_GROUP:
-                    writer.write_table(pa.Table.from_pylist(group, SCHEMA))
+                    writer.write_table(pa.Table.from_pylist(group, schema))
                     group = []
             if group:
-                writer.write_table(pa.Table.from_pylist(group, SCHEMA))
+                writer.write_table(pa.Table.from_pylist(group, schema))
+
+
+def _columns(row: Row, *, has_words: bool) -> dict[str, Any]:
+    captions = row["captions"]
+    columns = {
+        "path": row["path"],
+        "captions": [one["text"] for one in captions],
+        "mean_log_probabilities": [one["mean_log_probability"] for one in captions],
+    }
+    if has_words:
+        columns["flags"] = [one["flags"] for one in captions]
+        for name, part in (("words", "text"), ("word_probabilities", "probability")):
+            columns[name] = [[word[part] for word in one["words"]] for one in captions]
+    return columns
 
 
 def sidecar_of(image: Path) -> Path:

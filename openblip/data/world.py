@@ -32,6 +32,15 @@ BACKGROUNDS = {"black": (15, 15, 15), "gray": (128, 128, 128), "white": (245, 24
 
 _ALT_WORDS = ("image", "photo", "banner", "stock", "download", "free", "wallpaper", "icon")
 
+# Of each shape to the left, to the top, to the right and to the bottom of its centre, in radii.
+_WIDE = 1.15 * math.cos(math.pi / 6)
+_EXTENTS = {
+    "circle": (1.0, 1.0, 1.0, 1.0),
+    "square": (0.88, 0.88, 0.88, 0.88),
+    "triangle": (_WIDE, 1.15, _WIDE, 1.15 / 2),
+    "cross": (1.0, 1.0, 1.0, 1.0),
+}
+
 NoiseKind = Literal["none", "other_caption", "wrong_attribute", "alt_text"]
 
 _OVERSAMPLING = 4
@@ -117,22 +126,46 @@ def trained_scenes(config: WorldConfig) -> set[Scene]:
     return {*web, *human}
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where an object stands: its centre, and half of its height, in shares of the image's side."""
+
+    x: float
+    y: float
+    radius: float
+
+    def box(self, shape: str) -> tuple[float, float, float, float]:
+        """Return left, top, right and bottom of a shape that stands here, as shares of the side."""
+        left, top, right, bottom = _EXTENTS[shape]
+        x, y, radius = self.x, self.y, self.radius
+        return x - left * radius, y - top * radius, x + right * radius, y + bottom * radius
+
+
+def place_objects(scene: Scene, rng: np.random.Generator) -> tuple[Place, Place]:
+    """Place both objects of a scene, a little off the middles of their quarters."""
+    # Each object has a quarter of the image: two of a row, or two of a column.
+    other_axis = (0.25, 0.75)[int(rng.integers(2))]
+    places = []
+    for size, along in ((scene.first_size, 0.25), (scene.second_size, 0.75)):
+        x, y = (along, other_axis) if scene.relation == "left of" else (other_axis, along)
+        shift_x, shift_y = rng.uniform(-0.03, 0.03, size=2)
+        places.append(Place(x + shift_x, y + shift_y, 0.22 if size == "big" else 0.14))
+    first, second = places
+    return first, second
+
+
 def draw_scene(scene: Scene, size_px: int, rng: np.random.Generator) -> bytes:
-    """Draw a scene, with its objects a little off their places, and return it as JPEG."""
+    """Draw a scene where `place_objects` puts its objects, and return it as JPEG."""
+    return draw_placed(scene, place_objects(scene, rng), size_px)
+
+
+def draw_placed(scene: Scene, places: tuple[Place, Place], size_px: int) -> bytes:
+    """Draw a scene whose objects stand at known places, and return it as JPEG."""
     side = size_px * _OVERSAMPLING
     image = Image.new("RGB", (side, side), BACKGROUNDS[scene.background])
     draw = ImageDraw.Draw(image)
-    # Each object has a quarter of the image: two of a row, or two of a column.
-    other_axis = (0.25, 0.75)[int(rng.integers(2))]
-    objects = (
-        (scene.first_color, scene.first_shape, scene.first_size, 0.25),
-        (scene.second_color, scene.second_shape, scene.second_size, 0.75),
-    )
-    for color, shape, size, along in objects:
-        radius = side * (0.22 if size == "big" else 0.14)
-        x, y = (along, other_axis) if scene.relation == "left of" else (other_axis, along)
-        shift_x, shift_y = rng.uniform(-0.03, 0.03, size=2)
-        _draw_shape(draw, shape, COLORS[color], side * (x + shift_x), side * (y + shift_y), radius)
+    for (color, shape), place in zip(scene.objects, places, strict=True):
+        _draw_shape(draw, shape, COLORS[color], side * place.x, side * place.y, side * place.radius)
     image = image.resize((size_px, size_px), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=92, subsampling=0)
