@@ -25,6 +25,7 @@ from openblip import (
     cli_evaluate,
     cli_explain,
     cli_export,
+    cli_serve,
     cli_stages,
     cli_vqa,
 )
@@ -83,6 +84,7 @@ app.command()(cli_evaluate.classify)
 app.command()(cli_explain.explain)
 app.command()(cli_bench.bench)
 app.command()(cli_caption.caption)
+app.command()(cli_serve.serve)
 app.add_typer(cli_stages.finetune_app, name="finetune")
 app.add_typer(cli_capfilt.capfilt_app, name="capfilt")
 app.add_typer(evaluate_app, name="evaluate")

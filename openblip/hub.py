@@ -22,9 +22,11 @@ from openblip.checkpoint import (
     load_nlvr_checkpoint,
     load_tokenizer,
     load_vqa_checkpoint,
+    model_id,
 )
 from openblip.convert import Converted, read_transformers, read_transformers_vqa
 from openblip.convert_transformers import answers_questions
+from openblip.data.shards import checksum
 from openblip.inference import Dtype, Engine
 from openblip.models.blip import Blip
 from openblip.models.nlvr import Nlvr
@@ -105,6 +107,20 @@ def load_engine(
     dtype, batch_size  as of `Engine`; an export has the precision that it was written in
     Raises ValueError as `load`, `Engine` and `OnnxBackend` do, and for an export of another dtype.
     """
+    return load_engine_with_id(name_or_path, dtype=dtype, batch_size=batch_size, has_id=False)[0]
+
+
+def load_engine_with_id(
+    name_or_path: str | Path,
+    *,
+    dtype: Dtype = "auto",
+    batch_size: int | None = None,
+    has_id: bool = True,
+) -> tuple[Engine, str]:
+    """Load an engine, as `load_engine` does, and the hash that names its weights.
+
+    has_id  compute the hash, which reads all weights once more; else it is empty
+    """
     folder = resolve(name_or_path)
     if is_onnx(folder):
         backend = OnnxBackend(folder)
@@ -113,10 +129,11 @@ def load_engine(
                 f"{folder} was exported in {backend.precision}, and cannot be run in {dtype}"
             )
         tokenizer = load_tokenizer(folder)
-        return Engine(backend, tokenizer, batch_size=batch_size)
-    if is_vqa(folder):
-        return Engine(*load_vqa(folder), dtype=dtype, batch_size=batch_size)
-    return Engine(*load(folder), dtype=dtype, batch_size=batch_size)
+        name = checksum(folder)[:16] if has_id else ""
+        return Engine(backend, tokenizer, batch_size=batch_size), name
+    model, tokenizer = load_vqa(folder) if is_vqa(folder) else load(folder)
+    name = model_id(model) if has_id else ""
+    return Engine(model, tokenizer, dtype=dtype, batch_size=batch_size), name
 
 
 def push(

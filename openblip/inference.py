@@ -75,7 +75,7 @@ class Engine:
                 self._backend, self.precision = model, model.precision
         self.config = model.config
         vision, text = model.config.vision, model.config.text
-        self._batcher = Batcher(
+        self.batcher = Batcher(
             vision.image_size_px, batch_size or fitting_batch(vision, text, model.device)
         )
 
@@ -189,8 +189,8 @@ class Engine:
         if isinstance(images, Encoded):
             return self.backend.embed_states(images.states).cpu()
         rows: list[Tensor] = []
-        for pixels in self._batcher.prepared(images):
-            rows += self._batcher.halving(pixels, self._embedded)
+        for pixels in self.batcher.prepared(images):
+            rows += self.batcher.halving(pixels, self._embedded)
         return torch.stack(rows) if rows else torch.zeros(0, self._embedding_width)
 
     def embed_texts(self, texts: Sequence[str] | TokenBatch) -> Tensor:
@@ -214,7 +214,7 @@ class Engine:
         tokens = tokenize(self.tokenizer, texts)
         rows = [torch.zeros(0, self._embedding_width)]
         done = 0
-        for pixels in self._batcher.prepared(images):
+        for pixels in self.batcher.prepared(images):
             part = slice(done, done + len(pixels))
             if part.stop > len(texts):
                 raise ValueError(f"{len(texts)} texts for {part.stop} images or more")
@@ -319,15 +319,15 @@ class Engine:
         if num_answers < 1:
             raise ValueError(f"num_answers {num_answers} must be at least 1")
         ranked = answer_batches(
-            self._vqa, self.tokenizer, self._batcher.prepared(images), questions,
+            self._vqa, self.tokenizer, self.batcher.prepared(images), questions,
             candidates=candidates, shortlist=shortlist, decoding=decoding,
         )  # fmt: skip
         return [[several[:num_answers] for several in own] for own in ranked]
 
     def batches(self, images: Iterable[ImageLike] | Tensor) -> Iterator[Encoded]:
         """Encode images batch by batch; they are read in threads, a batch ahead of the model."""
-        for pixels in self._batcher.prepared(images):
-            yield from self._batcher.halving(pixels, lambda part: [self._encode(part)])
+        for pixels in self.batcher.prepared(images):
+            yield from self.batcher.halving(pixels, lambda part: [self._encode(part)])
 
     @property
     def _embedding_width(self) -> int:
@@ -386,7 +386,7 @@ class Engine:
         return torch.cat(logits)
 
     def _run(self, images: Images, work: Callable[[Encoded], list[T]]) -> list[T]:
-        return self._batcher.run(images, self._encode, work)
+        return self.batcher.run(images, self._encode, work)
 
 
 def tokenize(tokenizer: Tokenizer, texts: Sequence[str]) -> TokenBatch:

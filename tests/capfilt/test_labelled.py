@@ -78,6 +78,6 @@ def test_pairs_are_judged_as_captions_are(judge: Filter, tmp_path: Path) -> None
     (tmp_path / "0.jpg").write_bytes(picture(0))
     path = tmp_path / "pairs.jsonl"
     path.write_text(json.dumps({"image": "0.jpg", "caption": TEXTS[0], "label": 1}) + "\n")
-    images = judge.engine._batcher.prepare(picture(0))[None]
+    images = judge.engine.batcher.prepare(picture(0))[None]
     [[probability]] = judge.probabilities(images, [[TEXTS[0]]])
     assert judge_labelled(path, judge).probabilities == (probability,)

@@ -18,7 +18,7 @@ COMMANDS = [
     "capfilt plan", "capfilt retry", "capfilt calibrate", "evaluate",
     "evaluate retrieval", "evaluate captioning", "evaluate classification", "evaluate video",
     "evaluate vqa", "evaluate nlvr", "caption", "match", "refine", "ask", "questions", "classify",
-    "explain",    "convert", "bench", "export", "export onnx",
+    "explain",    "convert", "bench", "serve", "export", "export onnx",
 ]  # fmt: skip
 
 HELP_WITHOUT_TORCH = """
