@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+import socket
 import sys
 import time
 from types import FrameType
@@ -14,6 +15,7 @@ from openblip.serve.app import guarded
 from openblip.serve.guard import Guard
 from openblip.serve.settings import ServerSettings
 
+_BACKLOG, _MOST_HEADER_BYTES = 2048, 16_384
 _log = logging.getLogger("openblip.serve")
 
 
@@ -55,20 +57,24 @@ class DrainingServer(uvicorn.Server):
 
 
 def serve(app: FastAPI, settings: ServerSettings, host: str, port: int) -> None:
-    """Serve until a signal comes. Raises OSError if the port cannot be had."""
+    """Serve until a signal comes. Raises ValueError if the address cannot be had."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        listener = socket.create_server((host, port), family=family, backlog=_BACKLOG)
+    except OSError as error:
+        raise ValueError(f"cannot listen at {host}, port {port}: {error.strerror}") from error
     guard = guarded(app)
     config = uvicorn.Config(
         guard,
-        host=host,
-        port=port,
         log_config=None,
         access_log=False,
         server_header=False,
-        h11_max_incomplete_event_size=16_384,
+        h11_max_incomplete_event_size=_MOST_HEADER_BYTES,
         timeout_graceful_shutdown=5,
     )
-    server = DrainingServer(config, guard, settings.drain_timeout_s)
-    asyncio.run(server.serve())
+    shown = f"[{host}]" if ":" in host else host
+    print(f"serving at http://{shown}:{listener.getsockname()[1]}/", flush=True)
+    asyncio.run(DrainingServer(config, guard, settings.drain_timeout_s).serve([listener]))
 
 
 def log_as_json() -> None:
