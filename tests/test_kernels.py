@@ -99,3 +99,27 @@ def test_a_precision_that_a_device_lacks_is_refused(monkeypatch: pytest.MonkeyPa
     states = torch.randn(3, 256)
     layer = prepared.vision.layers[0].qkv
     assert_close(layer(states), F.linear(states, layer.weight, layer.bias))
+
+
+@needs_x86
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "int8"])
+def test_a_plain_module_has_the_weights_that_run_and_gradients(precision: str) -> None:
+    model = blip()
+    layer = prepare(model, precision).text.layers[0]  # type: ignore[arg-type]
+    before = set(map(type, layer.modules()))
+    plain = kernels.plain(layer)
+    assert before == set(map(type, layer.modules())) != set(map(type, plain.modules()))
+    own = plain.up.weight
+    assert (own.dtype, plain.training) == (torch.float32, False)
+    original = model.text.layers[0].up
+    if precision == "float32":
+        assert own.data_ptr() == original.weight.data_ptr()
+    assert_close(own, original.weight, atol=2e-3, rtol=0)
+    states = torch.randn(3, 5, 256, requires_grad=True)
+    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    with torch.no_grad():
+        expected = layer.up(states.to(dtype)).float()
+    found = plain.up(states)
+    assert_close(found, expected, atol={"float32": 1e-5}.get(precision, 0.02), rtol=0.02)
+    plain.feed_forward(states).sum().backward()
+    assert states.grad is not None

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from openblip.checkpoint import load_checkpoint
 from openblip.config import dump_recipe
 from openblip.data.sinks import ShardWriter
 from openblip.data.sources import list_shards, read_samples
@@ -77,6 +78,17 @@ def test_reconstruction_uses_the_text_and_refined_embeddings_find_the_picture(
     assert errors.p_value < 0.01
     assert composed.num_queries > 100
     assert composed.refined >= 3 * max(composed.image_only, composed.text_only)
+
+
+@pytest.mark.slow
+def test_heat_maps_point_at_what_a_word_names(finished: Path) -> None:
+    benchmark = runpy.run_path(str(BENCHMARKS / "pointing.py"))
+    puzzles = benchmark["draw_puzzles"](200, size_px=32, seed=0, world_seed=42)
+    engine = Engine(*load_checkpoint(finished / "filter"), dtype="float32")
+    found = benchmark["play"](engine, puzzles)
+    assert (found.num_objects, found.guess) == (400, 0.25)
+    assert found.accuracy > 2 * found.guess
+    assert found.accuracy > found.other + 0.2
 
 
 @pytest.mark.slow

@@ -78,3 +78,17 @@ def test_half_a_character_is_no_reason_to_stop() -> None:
     assert whole == tokenizer.encode("ein K\u00e4tzchen \U0001f408")
     batch = tokenizer.encode_batch(texts, max_tokens=30)
     assert batch.token_ids[0, : len(cut)].tolist() == cut
+
+
+def test_words_of_a_text_have_the_places_of_their_tokens(tokenizer: Tokenizer) -> None:
+    text = "  Café-cats aren't \u00ad unbelievable,\tare they?"
+    words = tokenizer.words_of_text(text, max_tokens=30)
+    assert [word for word, _ in words] == ["Café-cats", "aren't", "unbelievable,", "are", "they?"]
+    ids = tokenizer.encode_batch([text], max_tokens=30).token_ids[0].tolist()
+    places = [place for _, several in words for place in several]
+    assert places == list(range(1, len(ids) - 1))
+    for word, several in words:
+        assert [ids[place] for place in several] == tokenizer.encode(word)[1:-1]
+    cut = tokenizer.words_of_text(text, max_tokens=6)
+    assert [place for _, several in cut for place in several] == [1, 2, 3, 4]
+    assert tokenizer.words_of_text(" \n", max_tokens=6) == []

@@ -150,3 +150,38 @@ def test_what_cannot_be_is_named(run, model: Path, photos: Path, tmp_path: Path)
     assert "must end in .jsonl, .csv, .parquet" in result.err
     with pytest.raises(ValueError, match=r"would share .*a\.txt"):
         check_sidecars_differ([Path("x/a.jpg"), Path("x/a.png")])
+
+
+def test_words_and_flags_when_asked_for(run, model: Path, photos: Path, tmp_path: Path) -> None:
+    (photos / "c.jpg").unlink()
+    plain = run(*arguments(photos, model))
+    told = run(*arguments(photos, model, "--words"))
+    lines = [line.split("\t") for line in told.out.splitlines()]
+    assert ["\t".join(line[:2]) for line in lines] == plain.out.splitlines()
+    shown = run(*arguments(photos, model, "--words", "--json")).json["images"]
+    bare = run(*arguments(photos, model, "--json")).json["images"]
+    for line, image, old in zip(lines, shown, bare, strict=True):
+        [caption], [same] = image["captions"], old["captions"]
+        assert same == {key: caption[key] for key in ("text", "mean_log_probability")}
+        assert " ".join(word["text"] for word in caption["words"]) == caption["text"]
+        pairs = [f"{word['text']} {word['probability']:.2f}" for word in caption["words"]]
+        assert line[2:] == [" ".join(pairs), " ".join(caption["flags"])]
+        # Weights are random, and so are captions.
+        assert "low_confidence" in caption["flags"]
+    for kind in ("jsonl", "csv", "parquet"):
+        assert run(*arguments(photos, model, "--words", "--out", tmp_path / f"o.{kind}")).code == 0
+    assert [row["captions"] for row in rows_of(tmp_path / "o.jsonl")] == [
+        image["captions"] for image in shown
+    ]
+    with (tmp_path / "o.csv").open(newline="") as file:
+        found = list(csv.DictReader(file))
+    table = pq.read_table(tmp_path / "o.parquet").to_pylist()
+    for row, columns, image in zip(found, table, shown, strict=True):
+        [caption] = image["captions"]
+        assert row["flags"].split() == caption["flags"] == columns["flags"][0]
+        assert columns["words"] == [[word["text"] for word in caption["words"]]]
+        probabilities = [word["probability"] for word in caption["words"]]
+        assert columns["word_probabilities"] == [probabilities]
+        assert [float(one) for one in row["word_probabilities"].split()] == pytest.approx(
+            probabilities, rel=1e-5
+        )

@@ -77,6 +77,24 @@ def test_evaluating_and_predictions(run, vqa: Path, asked: Path, tmp_path: Path)
     assert (result.code, "is unusable: no_question" in result.err) == (2, True)
 
 
+def test_ranked_answers(run, vqa: Path, asked: Path) -> None:
+    image, question = asked / "0.jpg", "What is red?"
+    (asked / "some.txt").write_text("circle\nsquare\ncross\ntriangle\n")
+    chosen = ["--answers", asked / "some.txt"]
+    plain = run("ask", image, question, "--model", vqa, *chosen).out
+    lines = run("ask", image, question, "--model", vqa, *chosen, "--top", 3).out.splitlines()
+    assert len(lines) == 3
+    assert lines[0].startswith(plain.strip() + "\t")
+    told = run("ask", image, question, "--model", vqa, *chosen, "--top", 9, "--json").json
+    [row] = told["answers"]
+    assert {one["text"] for one in row["ranked"]} == {"circle", "square", "cross", "triangle"}
+    assert sum(one["probability"] for one in row["ranked"]) == pytest.approx(1.0)
+    assert row["answer"] == row["ranked"][0]["text"]
+    assert row["probability"] == row["ranked"][0]["probability"]
+    written = run("ask", image, question, "--model", vqa, "--top", 9, "--json").json
+    assert 1 <= len(written["answers"][0]["ranked"]) <= 3
+
+
 def test_training(run, model: Path, asked: Path, tmp_path: Path) -> None:
     (asked / "judged.jsonl").write_text(
         (asked / "asked.jsonl").read_text().replace('"Where?"', '"Where?", "answer": "here"')

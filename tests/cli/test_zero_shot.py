@@ -45,6 +45,41 @@ def test_classify(run, model: Path, classes: Path, tmp_path: Path) -> None:
     assert other.json["images"] != result.json["images"]
 
 
+def test_classify_by_itm_with_a_file_of_labels(
+    run, model: Path, classes: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "labels.txt"
+    file.write_text("red circle\n\nblue square\ngreen cross\n")
+    options = ["classify", classes, "--model", model, "--json", "--labels-file", file]
+    itc = run(*options).json["images"]
+    for score in ("itm", "both"):
+        images = run(*options, "--score", score).json["images"]
+        for image, plain in zip(images, itc, strict=True):
+            assert sum(one["probability"] for one in image["labels"]) == pytest.approx(1.0)
+            assert all(0 < one["match_probability"] < 1 for one in image["labels"])
+            assert all(one["match_probability"] is None for one in plain["labels"])
+            if score == "itm":
+                matches = [one["match_probability"] for one in image["labels"]]
+                assert matches == sorted(matches, reverse=True)
+    even = run(*options, "--temperature", 1e6).json["images"]
+    assert even[0]["labels"][0]["probability"] == pytest.approx(1 / 3, abs=1e-3)
+    for wrong in ([], ["--labels", "a,b", "--labels-file", file]):
+        result = run("classify", classes, "--model", model, *wrong)
+        assert (result.code, "either by --labels or by" in result.err) == (2, True)
+
+
+def test_evaluate_classification_says_how_far_shares_can_be_trusted(
+    run, model: Path, classes: Path
+) -> None:
+    for score in ("itc", "both"):
+        report = run("evaluate", "classification", model, classes, "--score", score, "--json").json
+        assert report["score"] == score
+        assert 0 <= report["ece"] <= 1
+        text = run("evaluate", "classification", model, classes, "--score", score).out
+        assert f"with temperature {report['temperature']:g}" in text
+        assert f"{report['ece_calibrated']:.4f}" in text
+
+
 def test_evaluate_classification(run, model: Path, classes: Path, tmp_path: Path) -> None:
     names = tmp_path / "names.json"
     names.write_text(json.dumps({"n01440764": "tench", "red_circle": "red circle"}))

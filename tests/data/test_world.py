@@ -22,9 +22,11 @@ from openblip.data.world import (
     Scene,
     WorldConfig,
     describe,
+    draw_placed,
     draw_scene,
     draw_world,
     list_objects,
+    place_objects,
 )
 from openblip.images import decode_image
 
@@ -168,6 +170,22 @@ def test_objects_are_where_the_caption_says(scene: Scene, seed: int) -> None:
     axis = {"left of": 1, "above": 0}[scene.relation]
     between = image.shape[0] / 2
     assert np.median(first[axis]) < between < np.median(second[axis])
+
+
+@settings(max_examples=60)
+@given(scenes.filter(lambda scene: scene.first_color != scene.second_color), seeds)
+def test_an_object_fills_its_box(scene: Scene, seed: int) -> None:
+    size_px = 128
+    places = place_objects(scene, np.random.default_rng(seed))
+    data = draw_scene(scene, size_px, np.random.default_rng(seed))
+    assert data == draw_placed(scene, places, size_px)
+    image = np.asarray(decode_image(data))
+    for (color, shape), place in zip(scene.objects, places, strict=True):
+        rows, columns = pixels_of(color, image)
+        drawn = (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
+        box = [size_px * edge for edge in place.box(shape)]
+        # Corners of a triangle are fainter than a pixel.
+        assert drawn == pytest.approx(box, abs=5 if shape == "triangle" else 2)
 
 
 @settings(max_examples=30)
