@@ -25,6 +25,7 @@ from openblip import (
     cli_evaluate,
     cli_explain,
     cli_export,
+    cli_search,
     cli_serve,
     cli_stages,
     cli_vqa,
@@ -85,6 +86,9 @@ app.command()(cli_explain.explain)
 app.command()(cli_bench.bench)
 app.command()(cli_caption.caption)
 app.command()(cli_serve.serve)
+app.add_typer(cli_search.index_app, name="index")
+app.command()(cli_search.search)
+app.command()(cli_search.cluster)
 app.add_typer(cli_stages.finetune_app, name="finetune")
 app.add_typer(cli_capfilt.capfilt_app, name="capfilt")
 app.add_typer(evaluate_app, name="evaluate")

@@ -79,6 +79,7 @@ def serve(
         from openblip.serve.run import serve as serve_app
     except ModuleNotFoundError as error:
         raise ValueError(f"{error.name} is not installed: pip install 'openblip[serve]'") from error
+    from openblip.search.index import Index
     from openblip.serve.metrics import Metrics
     from openblip.serve.models import load_models, named_models
     from openblip.serve.settings import ServerSettings
@@ -97,16 +98,17 @@ def serve(
         runs=_folders(runs or []),
     )
     metrics = Metrics()
+    opened = None if index is None else Index.open(index)
     loaded = load_models(
         named_models(models),
         dtype=dtype,
         batch_size=batch_size,
         batch_wait_s=settings.batch_wait_s,
         metrics=metrics,
-        searched_id=None,
+        searched_id=None if opened is None else opened.model_id,
     )
     log_as_json()
-    serve_app(build_app(loaded, settings, metrics), settings, host, port)
+    serve_app(build_app(loaded, settings, metrics, opened), settings, host, port)
 
 
 def _tokens(file: Path | None) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 MAX_PIXELS = 89_478_485
 """Pillow's own limit against decompression bombs."""
+HASH_SIDE = 8
 
 _SCALE = (1.0 / (255.0 * np.asarray(STD))).astype(np.float32)
 _SHIFT = (-np.asarray(MEAN) / np.asarray(STD)).astype(np.float32)
@@ -70,6 +71,13 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         white = Image.new("RGBA", with_alpha.size, "white")
         return Image.alpha_composite(white, with_alpha).convert("RGB")
     return image.convert("RGB")
+
+
+def perceptual_hash(image: Image.Image) -> int:
+    """Return 64 bits that change little with size, compression and brightness (dHash)."""
+    small = image.convert("L").resize((HASH_SIDE + 1, HASH_SIDE), Image.Resampling.BOX)
+    pixels = np.asarray(small, dtype=np.int16)
+    return int.from_bytes(np.packbits(pixels[:, 1:] > pixels[:, :-1]).tobytes(), "big")
 
 
 def to_tensor(image: Image.Image) -> Tensor:

@@ -23,8 +23,8 @@ LAYERS = {
     3: ["evaluation", "search", "explain", "bench", "bench_peer", "bench_chart"],
     4: ["pretrain", "finetune", "capfilt", "quickstart"],
     5: ["cli", "cli_bench", "cli_capfilt", "cli_caption", "cli_evaluate", "cli_explain",
-        "cli_export",
-        "cli_options", "cli_output", "cli_serve", "cli_stages", "cli_vqa", "serve", "__main__"],
+        "cli_export", "cli_options", "cli_output", "cli_search", "cli_serve", "cli_stages",
+        "cli_vqa", "serve", "__main__"],
 }  # fmt: skip
 LAYER_OF = {prefix: layer for layer, prefixes in LAYERS.items() for prefix in prefixes}
 CALL_OTHER_STAGES = {"capfilt.bootstrap", "quickstart"}

@@ -17,7 +17,7 @@ from openblip.config import Recipe
 from openblip.data.prefetch import map_beside
 from openblip.data.rows import BadSample, Build, UnreachableImageError
 from openblip.data.samples import Sample
-from openblip.images import ImageDecodeError, decode_image, eval_transform
+from openblip.images import ImageDecodeError, decode_image, eval_transform, perceptual_hash
 
 TOO_SMALL, TOO_LONG, SEEN = "small_image", "extreme_aspect", "near_duplicate_image"
 REPEATED_KEY = "repeated_key"
@@ -25,7 +25,6 @@ UNREACHABLE = "unreachable_image"
 UNWANTED = "predicate"
 LEFT_OUT = frozenset({TOO_SMALL, TOO_LONG, SEEN, REPEATED_KEY, UNWANTED})
 """Reasons that are a choice, and no failure: such samples are not tried again."""
-HASH_SIDE = 8
 
 Predicate = Callable[[Sample], bool | str]
 """Says whether a sample is wanted, or why it is not; of the user."""
@@ -51,13 +50,6 @@ class ImageChecks(Recipe):
         if short < self.min_side_px:
             return TOO_SMALL
         return TOO_LONG if self.max_aspect is not None and long > self.max_aspect * short else None
-
-
-def perceptual_hash(image: Image.Image) -> int:
-    """Return 64 bits that change little with size, compression and brightness (dHash)."""
-    small = image.convert("L").resize((HASH_SIDE + 1, HASH_SIDE), Image.Resampling.BOX)
-    pixels = np.asarray(small, dtype=np.int16)
-    return int.from_bytes(np.packbits(pixels[:, 1:] > pixels[:, :-1]).tobytes(), "big")
 
 
 @dataclass(frozen=True)

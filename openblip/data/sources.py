@@ -7,6 +7,7 @@ What cannot be used is reported by key and reason, never raised and never lost s
 that cannot be read at all, or fetched, is raised: to go on without it would be to lose it.
 """
 
+import contextlib
 import itertools
 import math
 import os
@@ -23,7 +24,7 @@ from openblip.data.samples import CaptionSource, Sample
 from openblip.data.shards import Shard, expanded
 from openblip.data.sinks import is_temporary
 from openblip.data.tables import csv_entries, jsonl_entries, num_rows, parquet_entries
-from openblip.data.tar import BrokenTarError, read_tar
+from openblip.data.tar import BrokenTarError, read_tar, tar_places
 
 FILE_KINDS = (".tar", ".jsonl", ".csv", ".tsv", ".parquet", ".json")
 FOLDER_KINDS = (".tar", ".parquet", ".jsonl")
@@ -215,19 +216,17 @@ def kept_captions(data: Iterable[Data], max_words: int = 50) -> Iterator[str]:
 
 
 def _tar_entries(shard: Shard, path: Path) -> Iterator[Build]:
-    """Group consecutive files of one key, as WebDataset does: the key ends at the first dot."""
+    """Group consecutive files of one key, as WebDataset does."""
     key, parts = "", dict[str, bytes]()
     try:
         with path.open("rb") as stream:
             for name, data in read_tar(stream):
-                folder, _, file = name.rpartition("/")
-                stem, _, extension = file.partition(".")
-                new_key = f"{folder}/{stem}" if folder else stem
+                new_key, extension = _key_and_extension(name)
                 if new_key != key and parts:
                     yield partial(build_sample, key, parts)
                     parts = {}
                 key = new_key
-                parts[extension.lower()] = data
+                parts[extension] = data
     except (BrokenTarError, OSError) as error:
         if isinstance(error, OSError) and not key:
             raise ValueError(f"cannot read shard {shard}: {error}") from error
@@ -236,6 +235,32 @@ def _tar_entries(shard: Shard, path: Path) -> Iterator[Build]:
         return
     if parts:
         yield partial(build_sample, key, parts)
+
+
+def _key_and_extension(name: str) -> tuple[str, str]:
+    """Take the path of a tar's file apart: the key ends at the first dot of the file's name."""
+    folder, _, file = name.rpartition("/")
+    stem, _, extension = file.partition(".")
+    return f"{folder}/{stem}" if folder else stem, extension.lower()
+
+
+def tar_images(path: Path) -> dict[str, tuple[int, int]]:
+    """Return where the image of each sample of a tar shard lies: first byte and length, by key.
+
+    Only headers are read. Behind a broken one nothing is found. Raises OSError.
+    """
+    places: dict[str, tuple[int, int]] = {}
+    with path.open("rb") as stream, contextlib.suppress(BrokenTarError):
+        for name, start, length in tar_places(stream):
+            key, extension = _key_and_extension(name)
+            if extension in IMAGE_EXTENSIONS:
+                places.setdefault(key.replace(".", "_"), (start, length))
+    return places
+
+
+def folder_images(folder: Path) -> dict[str, Path]:
+    """Return the images of a folder by the keys of their samples, in the samples' order."""
+    return {_file_key(folder, path): path for path in sorted(_images(folder))}
 
 
 def _folder_entries(folder: Path) -> Iterator[Build]:
@@ -250,8 +275,12 @@ def _images(folder: Path) -> Iterator[Path]:
         yield from (path for name in names if _is_image(path := Path(where, name)))
 
 
+def _file_key(folder: Path, path: Path) -> str:
+    return path.relative_to(folder).with_suffix("").as_posix().replace(".", "_")
+
+
 def _read_file(folder: Path, path: Path, source: CaptionSource) -> Sample | BadSample:
-    key = path.relative_to(folder).with_suffix("").as_posix().replace(".", "_")
+    key = _file_key(folder, path)
     try:
         beside = {
             kind: path.with_suffix(f".{kind}").read_bytes()

@@ -4,6 +4,7 @@ A training reads every shard in every epoch, and for an image of a few kilobytes
 more time on the header than on the rest. Formats: POSIX (ustar, pax) and GNU, as all tools write.
 """
 
+import io
 from collections.abc import Iterator
 from typing import IO
 
@@ -20,6 +21,21 @@ def read_tar(stream: IO[bytes]) -> Iterator[tuple[str, bytes]]:
 
     Raises BrokenTarError where the next header, or the file behind it, cannot be read.
     """
+    for name, _, data in _members(stream, is_read=True):
+        yield name, data
+
+
+def tar_places(stream: IO[bytes]) -> Iterator[tuple[str, int, int]]:
+    """Yield path, first byte and length of all regular files, past their contents.
+
+    Raises BrokenTarError where the next header cannot be read.
+    """
+    for name, length, _ in _members(stream, is_read=False):
+        yield name, stream.tell() - length - (-length % BLOCK), length
+
+
+def _members(stream: IO[bytes], *, is_read: bool) -> Iterator[tuple[str, int, bytes]]:
+    """Yield path, length and content, or, unless it is read, a content of no bytes."""
     name, size = None, None  # what an extended header says of the file that follows it
     is_first = True
     while header := stream.read(BLOCK):
@@ -31,21 +47,25 @@ def read_tar(stream: IO[bytes]) -> Iterator[tuple[str, bytes]]:
             raise BrokenTarError("no tar header" if is_first else "a broken header")
         is_first = False
         length = _number(header[124:136]) if size is None else size
-        data = stream.read(length)
-        if len(data) != length:
-            raise BrokenTarError("the file ends within a member")
-        padding = -length % BLOCK
-        is_cut = len(stream.read(padding)) != padding
-        match header[156:157]:
+        kind, padding, data = header[156:157], -length % BLOCK, b""
+        if is_read or kind not in _FILE_KINDS:
+            data = stream.read(length)
+            if len(data) != length:
+                raise BrokenTarError("the file ends within a member")
+            is_cut = len(stream.read(padding)) != padding
+        else:
+            stream.seek(length + padding, io.SEEK_CUR)
+            is_cut = False
+        match kind:
             case b"L":
                 name = _text(data)
             case b"x":
                 name, size = _extended(data, name)
             case b"g" | b"K":
                 pass
-            case kind:
+            case _:
                 if kind in _FILE_KINDS:
-                    yield name or _path(header), data
+                    yield name or _path(header), length, data
                 name, size = None, None
         if is_cut:
             raise BrokenTarError("the file ends within a member")

@@ -18,6 +18,7 @@ from fastapi.responses import FileResponse, JSONResponse, Response
 from torch import Tensor
 
 from openblip import __version__
+from openblip.search.index import Index
 from openblip.serve.errors import RequestError, install
 from openblip.serve.fetch import fetch
 from openblip.serve.guard import Guard
@@ -52,6 +53,7 @@ class Service:
     settings: ServerSettings
     metrics: Metrics
     threads: ThreadPoolExecutor
+    index: Index | None = None
 
     async def picture(self, image: UploadFile | None, url: str | None) -> Picture | None:
         """Return the picture of a request, checked and not yet decoded."""
@@ -151,13 +153,17 @@ def service_of(request: Request) -> Service:
 ServiceField = Annotated[Service, Depends(service_of)]
 
 
-def build_app(models: Models, settings: ServerSettings, metrics: Metrics) -> FastAPI:
-    """Return the app of a server; `app.state.guard` is its outermost layer once it runs."""
+def build_app(
+    models: Models, settings: ServerSettings, metrics: Metrics, index: Index | None = None
+) -> FastAPI:
+    """Return the app of a server; `guarded` puts its outermost layer around it."""
     # The routes' files import this one.
+    from openblip.serve.gallery import router as gallery_router
     from openblip.serve.routes import router as work_router
     from openblip.serve.runs import router as runs_router
 
-    service = Service(models, settings, metrics, ThreadPoolExecutor(_DECODERS, "pictures"))
+    threads = ThreadPoolExecutor(_DECODERS, "pictures")
+    service = Service(models, settings, metrics, threads, index)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -180,6 +186,7 @@ def build_app(models: Models, settings: ServerSettings, metrics: Metrics) -> Fas
     app.state.service = service
     install(app)
     app.include_router(work_router)
+    app.include_router(gallery_router)
     app.include_router(runs_router)
     app.get("/", include_in_schema=False)(_page)
     app.get("/page/{file}", include_in_schema=False)(_page_file)

@@ -22,9 +22,10 @@ and few people test."""
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture as it was sent, and its size in pixels."""
+    """A picture as it was sent, its format, and its size in pixels."""
 
     data: bytes
+    kind: str
     width: int
     height: int
 
@@ -61,7 +62,7 @@ def checked_picture(data: bytes, max_pixels: int) -> Picture:
             413, "too_many_pixels", f"the picture has {width} x {height} pixels, more than the "
             f"{max_pixels} that are allowed"
         )  # fmt: skip
-    return Picture(data, width, height)
+    return Picture(data, kind, width, height)
 
 
 def thumbnail(data: bytes, side_px: int, max_pixels: int) -> bytes:

@@ -25,6 +25,7 @@ from openblip.serve.schemas import (
     EmbedAnswer,
     ExplainAnswer,
     HeatAnswer,
+    IndexAnswer,
     LabelAnswer,
     LabelsAnswer,
     LimitsAnswer,
@@ -53,7 +54,9 @@ async def models(service: ServiceField) -> ServerAnswer:
             )
             for one in service.models
         ],
-        index=None,
+        index=None
+        if service.index is None
+        else IndexAnswer(name=service.index.folder.resolve().name, num_images=len(service.index)),
         runs=list(settings.runs),
         limits=LimitsAnswer(
             max_upload_bytes=settings.max_upload_bytes,

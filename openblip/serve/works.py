@@ -16,6 +16,8 @@ from openblip.generation import Decoding
 from openblip.inference import Engine
 from openblip.labels import LabelScore
 from openblip.results import Judgement, LabelGuess, Word, WrittenCaption
+from openblip.search.index import Index
+from openblip.search.query import Query, Results, Searcher
 
 
 class WordFollower:
@@ -157,3 +159,16 @@ class ExplainWork:
 
     def __call__(self, engine: Engine, items: Sequence[tuple[Tensor, str]]) -> list[Explanation]:
         return [explain(engine, image, text) for image, text in items]
+
+
+@dataclass(frozen=True)
+class SearchWork:
+    """Search an index; an item is a query."""
+
+    kind: ClassVar[str] = "search"
+    index: Index
+
+    def __call__(self, engine: Engine, items: Sequence[Query]) -> list[Results]:
+        self.index.refresh()
+        searcher = Searcher(engine, self.index)
+        return [searcher.search(query) for query in items]

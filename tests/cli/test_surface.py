@@ -18,7 +18,9 @@ COMMANDS = [
     "capfilt plan", "capfilt retry", "capfilt calibrate", "evaluate",
     "evaluate retrieval", "evaluate captioning", "evaluate classification", "evaluate video",
     "evaluate vqa", "evaluate nlvr", "caption", "match", "refine", "ask", "questions", "classify",
-    "explain",    "convert", "bench", "serve", "export", "export onnx",
+    "explain", "convert", "bench", "serve", "index", "index add",
+    "index delete", "index merge", "index compact", "index show", "index store", "search",
+    "cluster", "export", "export onnx",
 ]  # fmt: skip
 
 HELP_WITHOUT_TORCH = """
@@ -40,7 +42,7 @@ def test_help_of_every_command_needs_no_torch() -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Usage: ") == len(COMMANDS)
     # Every command that gives an answer gives it as JSON too; groups give none.
-    groups = {"", "finetune", "capfilt", "evaluate", "export"}
+    groups = {"", "finetune", "capfilt", "evaluate", "export", "index"}
     assert done.stdout.count("--json") == len(set(COMMANDS) - groups)
 
 
