@@ -289,7 +289,7 @@ def cluster(
         typer.Option(
             min=-1,
             max=3,
-            help="Bits of 64 in which their looks may differ; -1: do not ask for looks.",
+            help="Bits of 64 in which their looks differ at most; -1: not asked.",
         ),
     ] = 3,
     duplicates: Annotated[

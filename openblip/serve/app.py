@@ -8,7 +8,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -24,10 +24,11 @@ from openblip.serve.fetch import fetch
 from openblip.serve.guard import Guard
 from openblip.serve.metrics import Metrics
 from openblip.serve.models import Models, ServedModel
-from openblip.serve.pictures import Picture, checked_picture
+from openblip.serve.pictures import Picture, Thumbnails, checked_picture
 from openblip.serve.schemas import ErrorAnswer
 from openblip.serve.settings import ServerSettings
 from openblip.serve.worker import StoppedError, Work
+from openblip.serve.works import SharedIndex
 
 PAGE = Path(__file__).with_name("page")
 _PAGE_TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript",
@@ -53,7 +54,8 @@ class Service:
     settings: ServerSettings
     metrics: Metrics
     threads: ThreadPoolExecutor
-    index: Index | None = None
+    index: SharedIndex | None = None
+    thumbnails: Thumbnails = field(default_factory=Thumbnails)
 
     async def picture(self, image: UploadFile | None, url: str | None) -> Picture | None:
         """Return the picture of a request, checked and not yet decoded."""
@@ -163,7 +165,8 @@ def build_app(
     from openblip.serve.runs import router as runs_router
 
     threads = ThreadPoolExecutor(_DECODERS, "pictures")
-    service = Service(models, settings, metrics, threads, index)
+    shared = None if index is None else SharedIndex(index)
+    service = Service(models, settings, metrics, threads, shared)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

@@ -1,6 +1,5 @@
 """Search over the server's index, and the pictures that it finds."""
 
-from collections import OrderedDict
 from typing import Annotated
 
 from fastapi import APIRouter, Form, Query, Request
@@ -17,30 +16,9 @@ from openblip.serve.schemas import HitAnswer, SearchAnswer
 
 router = APIRouter(prefix="/v1")
 MOST_HITS, MOST_SHORTLIST, MOST_CONDITIONS = 500, 1024, 16
-MOST_THUMBNAILS, LARGEST_SIDE_PX = 512, 1024
+LARGEST_SIDE_PX = 1024
 _SHOWN = {"JPEG": "image/jpeg", "PNG": "image/png", "WEBP": "image/webp", "GIF": "image/gif"}
 _CACHED = {"Cache-Control": "private, max-age=3600"}
-
-
-class Thumbnails:
-    """The thumbnails that were made last. One thread at a time makes and keeps one."""
-
-    def __init__(self) -> None:
-        self._kept: OrderedDict[tuple[int, str, int], bytes] = OrderedDict()
-
-    def get(self, index: Index, number: int, side_px: int, max_pixels: int) -> bytes:
-        """Return a picture of the index as JPEG. Raises RequestError."""
-        name = (number, str(_row(index, number)["checksum"]), side_px)
-        kept = self._kept.get(name)
-        if kept is None:
-            kept = thumbnail(_bytes(index, number), side_px, max_pixels)
-            self._kept[name] = kept
-            while len(self._kept) > MOST_THUMBNAILS:
-                self._kept.popitem(last=False)
-        return kept
-
-
-_thumbnails = Thumbnails()
 
 
 @router.post("/search", summary="Search the index")
@@ -59,7 +37,7 @@ async def search(
     ] = None,
 ) -> SearchAnswer:
     """By a text, by a picture, or by a picture that a text changes."""
-    index = _index(service)
+    shared = _shared(service)
     served = service.models.pick("search", model)
     text = (text or "").strip() or None
     if text is not None:
@@ -72,7 +50,7 @@ async def search(
     if text is None and pixels is None:
         raise RequestError(422, "invalid_request", "give a text, an image, or both")
     query = searching.Query(text, pixels, limit, shortlist, rerank, tuple(conditions))
-    results = await service.done(request, served, works.SearchWork(index), query)
+    index, results = await service.done(request, served, works.SearchWork(shared), query)
     return SearchAnswer(
         model=served.name,
         method=results.method,
@@ -89,25 +67,35 @@ async def search(
                 metadata={name: v for name, v in hit.metadata.items() if name != "address"},
                 width=hit.metadata["width"],
                 height=hit.metadata["height"],
-                picture=f"/v1/pictures/{hit.number}",
+                picture=f"/v1/pictures/{index.state.generation}/{hit.number}",
             )
             for hit in results.hits
         ],
     )
 
 
-@router.get("/pictures/{number}", summary="A thumbnail", response_class=Response)
+@router.get("/pictures/{generation}/{number}", summary="A thumbnail", response_class=Response)
 async def picture(
-    service: ServiceField, number: int, side: Annotated[int, Query(ge=16, le=LARGEST_SIDE_PX)] = 320
+    service: ServiceField,
+    generation: int,
+    number: int,
+    side: Annotated[int, Query(ge=16, le=LARGEST_SIDE_PX)] = 320,
 ) -> Response:
-    index, most = _index(service), service.settings.max_pixels
-    data = await service.beside(lambda: _thumbnails.get(index, number, side, most))
+    index, most = _index(service, generation), service.settings.max_pixels
+    name = (generation, number, side)
+    data = await service.beside(
+        lambda: service.thumbnails.get(name, lambda: thumbnail(_bytes(index, number), side, most))
+    )
     return Response(data, media_type="image/jpeg", headers=_CACHED)
 
 
-@router.get("/pictures/{number}/original", summary="The picture itself", response_class=Response)
-async def original(service: ServiceField, number: int) -> Response:
-    index, most = _index(service), service.settings.max_pixels
+@router.get(
+    "/pictures/{generation}/{number}/original",
+    summary="The picture itself",
+    response_class=Response,
+)
+async def original(service: ServiceField, generation: int, number: int) -> Response:
+    index, most = _index(service, generation), service.settings.max_pixels
     data = await service.beside(lambda: _bytes(index, number))
     kind = (await service.beside(lambda: checked_picture(data, most))).kind
     if kind not in _SHOWN:
@@ -115,10 +103,18 @@ async def original(service: ServiceField, number: int) -> Response:
     return Response(data, media_type=_SHOWN[kind], headers=_CACHED)
 
 
-def _index(service: Service) -> Index:
+def _shared(service: Service) -> works.SharedIndex:
     if service.index is None:
         raise RequestError(404, "no_index", "this server has no index: start it with --index")
     return service.index
+
+
+def _index(service: Service, generation: int) -> Index:
+    """Return the index that a picture's number is of: another one numbers them otherwise."""
+    index = _shared(service).current
+    if index.state.generation != generation:
+        raise RequestError(404, "index_changed", "the index has changed since; search again")
+    return index
 
 
 def _row(index: Index, number: int) -> dict[str, object]:

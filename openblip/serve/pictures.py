@@ -1,6 +1,8 @@
 """Pictures that strangers send: looked at before they are decoded, and only as what they claim."""
 
 import io
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 
 from PIL import Image
@@ -18,6 +20,8 @@ FORMATS = {
 }
 """Kinds of files that are opened, by how they begin. Pillow knows many more, which few people send
 and few people test."""
+
+MOST_THUMBNAILS = 512
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,22 @@ def thumbnail(data: bytes, side_px: int, max_pixels: int) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=85)
     return buffer.getvalue()
+
+
+class Thumbnails:
+    """The thumbnails of a server that were asked for last, by what they are of."""
+
+    def __init__(self) -> None:
+        self._kept: OrderedDict[Hashable, bytes] = OrderedDict()
+
+    def get(self, name: Hashable, make: Callable[[], bytes]) -> bytes:
+        """Return a thumbnail, made unless it is kept."""
+        kept = self._kept.get(name)
+        if kept is None:
+            kept = self._kept[name] = make()
+            while len(self._kept) > MOST_THUMBNAILS:
+                self._kept.popitem(last=False)
+        return kept
 
 
 def _unusable(reason: str, message: str) -> RequestError:

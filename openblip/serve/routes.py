@@ -43,6 +43,7 @@ MOST_TOKENS, MOST_CAPTIONS, MOST_BEAMS = 100, 16, 16
 @router.get("/models", summary="What this server has")
 async def models(service: ServiceField) -> ServerAnswer:
     settings = service.settings
+    index = None if service.index is None else service.index.current
     return ServerAnswer(
         models=[
             ModelAnswer(
@@ -55,8 +56,8 @@ async def models(service: ServiceField) -> ServerAnswer:
             for one in service.models
         ],
         index=None
-        if service.index is None
-        else IndexAnswer(name=service.index.folder.resolve().name, num_images=len(service.index)),
+        if index is None
+        else IndexAnswer(name=index.folder.resolve().name, num_images=len(index)),
         runs=list(settings.runs),
         limits=LimitsAnswer(
             max_upload_bytes=settings.max_upload_bytes,

@@ -16,7 +16,7 @@ from openblip.generation import Decoding
 from openblip.inference import Engine
 from openblip.labels import LabelScore
 from openblip.results import Judgement, LabelGuess, Word, WrittenCaption
-from openblip.search.index import Index
+from openblip.search.index import Index, read_state
 from openblip.search.query import Query, Results, Searcher
 
 
@@ -161,14 +161,27 @@ class ExplainWork:
         return [explain(engine, image, text) for image, text in items]
 
 
+class SharedIndex:
+    """The index of a server, as it was committed last. A view of it never changes."""
+
+    def __init__(self, index: Index) -> None:
+        self.current = index
+
+    def newest(self) -> Index:
+        """Take up what another process committed since, and return the view."""
+        if read_state(self.current.folder).generation != self.current.state.generation:
+            self.current = Index.open(self.current.folder)
+        return self.current
+
+
 @dataclass(frozen=True)
 class SearchWork:
-    """Search an index; an item is a query."""
+    """Search an index; an item is a query. Comes back with the view that was searched."""
 
     kind: ClassVar[str] = "search"
-    index: Index
+    index: SharedIndex
 
-    def __call__(self, engine: Engine, items: Sequence[Query]) -> list[Results]:
-        self.index.refresh()
-        searcher = Searcher(engine, self.index)
-        return [searcher.search(query) for query in items]
+    def __call__(self, engine: Engine, items: Sequence[Query]) -> list[tuple[Index, Results]]:
+        index = self.index.newest()
+        searcher = Searcher(engine, index)
+        return [(index, searcher.search(query)) for query in items]
