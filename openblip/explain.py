@@ -200,10 +200,11 @@ def explanation_figure(image: Image.Image, explanation: Explanation) -> Image.Im
     small = image.convert("RGB").resize(size, Image.Resampling.BICUBIC)
     panels = [(small, f"match {explanation.match_probability:.2f}")]
     panels += [(heat_picture(small, word.heat), word.text) for word in explanation.words]
-    columns = min(MOST_COLUMNS, len(panels))
+    rows = math.ceil(len(panels) / MOST_COLUMNS)
+    columns = math.ceil(len(panels) / rows)
     width, height = max(size[0], _NARROWEST), size[1] + _TEXT_HEIGHT
     across = _GAP + columns * (width + _GAP)
-    down = _GAP + math.ceil(len(panels) / columns) * height
+    down = _GAP + rows * height
     figure = Image.new("RGB", (across, down), _PAPER)
     draw = ImageDraw.Draw(figure)
     font = ImageFont.load_default(_FONT_SIZE)
