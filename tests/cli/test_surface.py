@@ -19,8 +19,8 @@ COMMANDS = [
     "evaluate retrieval", "evaluate captioning", "evaluate classification", "evaluate video",
     "evaluate vqa", "evaluate nlvr", "caption", "match", "refine", "ask", "questions", "classify",
     "explain", "convert", "push", "bench", "serve", "index",
-    "index add", "index delete", "index merge", "index compact", "index show", "index store", "search",
-    "cluster", "export", "export onnx",
+    "index add", "index delete", "index merge", "index compact", "index show", "index store",
+    "search", "cluster", "export", "export onnx",
 ]  # fmt: skip
 
 HELP_WITHOUT_TORCH = """
