@@ -1,7 +1,7 @@
 """Search in large indexes: exact, by faiss, and re-ranking by ITM.
 
     python benchmarks/search.py --model MODEL --data SOURCE [--images 1000000] [--rounds 20]
-        [--candidates 128] [--threads 2] [--json FILE]
+        [--kinds faiss-ivf] [--candidates 128] [--threads 2] [--json FILE]
 
 Embeddings of the images of SOURCE by MODEL are tiled with noise of a tenth of their spread, made of
 unit norm again, until there are enough; MODEL's width is brought to 256 by a random rotation, which
@@ -23,7 +23,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
@@ -103,8 +102,10 @@ def median_ms(work: Callable[[int], object], rounds: int) -> float:
     return statistics.median(times)
 
 
-def measure_search(index: Index, queries: Tensor, rounds: int) -> list[dict[str, Any]]:
-    """Measure exact search and both kinds of faiss."""
+def measure_search(
+    index: Index, queries: Tensor, kinds: list[StoreKind], rounds: int
+) -> list[dict[str, Any]]:
+    """Measure exact search and stores."""
     exact = [set(index.top(query, NUM_FOUND)[0]) for query in queries]
     rows: list[dict[str, Any]] = [
         {
@@ -113,7 +114,6 @@ def measure_search(index: Index, queries: Tensor, rounds: int) -> list[dict[str,
             "recall": 1.0,
         }
     ]
-    kinds: tuple[StoreKind, ...] = ("faiss-ivf", "faiss-hnsw")
     for kind in kinds:
         start = time.perf_counter()
         build_store(index, kind)
@@ -166,6 +166,9 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--data", required=True)
     parser.add_argument("--images", type=int, default=1_000_000)
+    parser.add_argument(
+        "--kinds", nargs="*", choices=("faiss-ivf", "faiss-hnsw"), default=["faiss-ivf"]
+    )
     parser.add_argument("--candidates", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--rerank-rounds", type=int, default=3)
@@ -178,7 +181,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         index = write_index(Path(folder) / "index", real, options.images)
         queries = tiled(real, NUM_QUERIES, seed=1)
-        rows = measure_search(index, queries, options.rounds)
+        rows = measure_search(index, queries, options.kinds, options.rounds)
     if options.candidates:
         rows += measure_rerank(options.candidates, options.rerank_rounds)
     print(f"{len(real)} real embeddings, {options.threads} threads, load {load_before:.1f}")
