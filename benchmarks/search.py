@@ -32,10 +32,10 @@ from openblip.batching import Encoded
 from openblip.bench import random_model
 from openblip.data.sources import list_shards, read_samples
 from openblip.hub import load_engine
-from openblip.images import ImageDecodeError
+from openblip.images import ImageDecodeError, decode_image, eval_transform
 from openblip.inference import Engine, tokenize
 from openblip.search.index import COLUMNS, Index
-from openblip.search.stores import StoreKind, build_store, open_store
+from openblip.search.stores import Store, StoreKind, build_store, open_store
 from openblip.search.writer import IndexWriter
 
 WIDTH = 256
@@ -48,14 +48,16 @@ SEGMENT_ROWS = 100_000
 def embeddings_of(model: str, data: str) -> Tensor:
     """Return embeddings (N, E) of the images of a data set."""
     engine = load_engine(model)
-    found = []
+    pixels = []
     for shard in list_shards(data):
         for sample in read_samples(shard, on_bad=lambda key, reason: None):
             try:
-                found.append(engine.embed_images([sample.image_bytes])[0].float())
+                pixels.append(
+                    eval_transform(decode_image(sample.image_bytes), engine.image_size_px)
+                )
             except ImageDecodeError:
                 continue
-    return F.normalize(torch.stack(found), dim=1)
+    return F.normalize(engine.embed_images(torch.stack(pixels)).float(), dim=1)
 
 
 def widened(embeddings: Tensor) -> Tensor:
@@ -102,18 +104,25 @@ def median_ms(work: Callable[[int], object], rounds: int) -> float:
     return statistics.median(times)
 
 
+def shown(row: dict[str, Any]) -> dict[str, Any]:
+    """Print a row as soon as it is measured, and return it."""
+    recall, built = row.get("recall"), row.get("built_s")
+    print(
+        f"{row['what']:28} {row['ms']:9.2f} "
+        f"{'' if recall is None else format(recall, '.3f'):>9} "
+        f"{'' if built is None else format(built, '.1f'):>9}",
+        flush=True,
+    )
+    return row
+
+
 def measure_search(
     index: Index, queries: Tensor, kinds: list[StoreKind], rounds: int
 ) -> list[dict[str, Any]]:
     """Measure exact search and stores."""
     exact = [set(index.top(query, NUM_FOUND)[0]) for query in queries]
-    rows: list[dict[str, Any]] = [
-        {
-            "what": f"exact, {len(index):,} x {WIDTH}",
-            "ms": median_ms(lambda n: index.top(queries[n % len(queries)], NUM_FOUND), rounds),
-            "recall": 1.0,
-        }
-    ]
+    milliseconds = median_ms(lambda n: index.top(queries[n % len(queries)], NUM_FOUND), rounds)
+    rows = [shown({"what": f"exact, {len(index):,} x {WIDTH}", "ms": milliseconds, "recall": 1.0})]
     for kind in kinds:
         start = time.perf_counter()
         build_store(index, kind)
@@ -122,15 +131,12 @@ def measure_search(
         found = [set(store.top(index, query, NUM_FOUND, None)[0]) for query in queries]
         hits = sum(len(own & true) for own, true in zip(found, exact, strict=True))
 
-        def one(number: int) -> object:
-            return store.top(index, queries[number % len(queries)], NUM_FOUND, None)  # noqa: B023
+        def one(number: int, store: Store = store) -> object:
+            return store.top(index, queries[number % len(queries)], NUM_FOUND, None)
 
-        rows.append(
-            {
-                "what": kind, "ms": median_ms(one, rounds),
-                "recall": hits / sum(map(len, exact)), "built_s": built,
-            }
-        )  # fmt: skip
+        recall = hits / sum(map(len, exact))
+        milliseconds = median_ms(one, rounds)
+        rows.append(shown({"what": kind, "ms": milliseconds, "recall": recall, "built_s": built}))
     return rows
 
 
@@ -156,7 +162,7 @@ def measure_rerank(candidates: int, rounds: int) -> list[dict[str, Any]]:
 
         with torch.inference_mode():
             milliseconds = median_ms(judge, rounds)
-        rows.append({"what": f"re-rank {candidates}, {name}", "ms": milliseconds})
+        rows.append(shown({"what": f"re-rank {candidates}, {name}", "ms": milliseconds}))
     return rows
 
 
@@ -178,21 +184,16 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     load_before = os.getloadavg()[0]
     real = widened(embeddings_of(options.model, options.data))
-    with tempfile.TemporaryDirectory() as folder:
-        index = write_index(Path(folder) / "index", real, options.images)
-        queries = tiled(real, NUM_QUERIES, seed=1)
-        rows = measure_search(index, queries, options.kinds, options.rounds)
+    print(f"{len(real)} real embeddings, {options.threads} threads, load {load_before:.1f}")
+    print(f"{'':28} {'ms':>9} {'recall@10':>9} {'built, s':>9}", flush=True)
+    rows = []
+    if options.images:
+        with tempfile.TemporaryDirectory() as folder:
+            index = write_index(Path(folder) / "index", real, options.images)
+            queries = tiled(real, NUM_QUERIES, seed=1)
+            rows += measure_search(index, queries, options.kinds, options.rounds)
     if options.candidates:
         rows += measure_rerank(options.candidates, options.rerank_rounds)
-    print(f"{len(real)} real embeddings, {options.threads} threads, load {load_before:.1f}")
-    print(f"{'':28} {'ms':>9} {'recall@10':>9} {'built, s':>9}")
-    for row in rows:
-        recall, built = row.get("recall"), row.get("built_s")
-        print(
-            f"{row['what']:28} {row['ms']:9.2f} "
-            f"{'' if recall is None else format(recall, '.3f'):>9} "
-            f"{'' if built is None else format(built, '.1f'):>9}"
-        )
     if options.json is not None:
         told = {"load": load_before, "num_real": len(real), "rows": rows}
         options.json.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
