@@ -81,19 +81,23 @@ class FaissStore:
     ) -> Found:
         self._file.check(index)
         faiss = _faiss()
-        chosen = {}
-        if allowed is not None:
-            bits = np.packbits(allowed[self._numbers], bitorder="little")
-            chosen["sel"] = faiss.IDSelectorBitmap(bits)
-        if self._file.kind == "faiss-ivf":
-            parameters = faiss.SearchParametersIVF(nprobe=NUM_PROBED, **chosen)
-        else:
-            explored = max(NUM_EXPLORED, num)
-            parameters = faiss.SearchParametersHNSW(efSearch=explored, **chosen)
         query = embedding.float().numpy()[None]
-        cosines, rows = self._faiss.search(query, min(num, len(self._numbers)), params=parameters)
-        is_found = rows[0] >= 0
-        return self._numbers[rows[0][is_found]].tolist(), cosines[0][is_found].tolist()
+
+        def nearest(most: int, **chosen: Any) -> Found:
+            if self._file.kind == "faiss-ivf":
+                parameters = faiss.SearchParametersIVF(nprobe=NUM_PROBED, **chosen)
+            else:
+                parameters = faiss.SearchParametersHNSW(efSearch=max(NUM_EXPLORED, most))
+            most = min(most, len(self._numbers))
+            cosines, rows = self._faiss.search(query, most, params=parameters)
+            is_found = rows[0] >= 0
+            return self._numbers[rows[0][is_found]].tolist(), cosines[0][is_found].tolist()
+
+        if self._file.kind == "faiss-ivf" and allowed is not None:
+            bits = np.packbits(allowed[self._numbers], bitorder="little")
+            return nearest(num, sel=faiss.IDSelectorBitmap(bits))
+        # A walk over HNSW's graph that may stop at some images alone loses its way.
+        return _filtered(nearest, num, allowed, len(index))
 
 
 class LanceStore:
