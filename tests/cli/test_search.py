@@ -1,5 +1,7 @@
 """`openblip index`, `search` and `cluster` from the command line."""
 
+import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -9,6 +11,10 @@ from PIL import Image
 from openblip.data.sources import list_shards, read_samples
 from openblip.search.index import Index
 from tests.cli.conftest import Run
+
+TEXT = (Path(__file__).resolve().parents[2] / "docs" / "search.md").read_text(encoding="utf-8")
+COMMANDS = re.findall(r"^ {4}openblip (.+)$", TEXT, re.MULTILINE)
+INDEX_COMMANDS = ("delete", "merge", "compact", "show", "store")
 
 
 @pytest.fixture
@@ -164,3 +170,22 @@ def test_a_folder_that_is_no_index_is_told(run: Run, tmp_path: Path) -> None:
     result = run("search", tmp_path, "--text", "a circle")
     assert result.code == 2
     assert "is no index: `openblip index SOURCE" in result.err
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_of_the_tutorial_and_its_options_exist(run: Run, command: str) -> None:
+    words = shlex.split(command)
+    names = words[: 2 if words[1] in INDEX_COMMANDS else 1]
+    help_text = run(*(["index", "add"] if names == ["index"] else names), "--help").out
+    known = set(re.findall(r"--[\w-]+", help_text))
+    assert {word for word in words if word.startswith("--")} <= known
+
+
+def test_the_code_of_the_tutorial_runs(
+    photos: Path, index: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    [code] = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+    index.rename(index.with_name("photos.index"))
+    monkeypatch.chdir(index.parent)
+    exec(compile(code.replace("width>=600", "width>=1"), "docs/search.md", "exec"), {})
+    assert len(capsys.readouterr().out.splitlines()) == 5
