@@ -101,7 +101,7 @@ def is_inside(row: int, column: int, side: int, box: tuple[float, float, float, 
     """Say whether the middle of a patch lies in a box."""
     x, y = (column + 0.5) / side, (row + 0.5) / side
     left, top, right, bottom = box
-    return left <= x <= right and top <= y <= bottom
+    return bool(left <= x <= right and top <= y <= bottom)
 
 
 def main() -> None:

@@ -25,6 +25,7 @@ from openblip import (
     cli_evaluate,
     cli_explain,
     cli_export,
+    cli_hub,
     cli_search,
     cli_serve,
     cli_stages,
@@ -85,6 +86,7 @@ app.command()(cli_evaluate.classify)
 app.command()(cli_explain.explain)
 app.command()(cli_bench.bench)
 app.command()(cli_caption.caption)
+app.command()(cli_hub.push)
 app.command()(cli_serve.serve)
 app.add_typer(cli_search.index_app, name="index")
 app.command()(cli_search.search)

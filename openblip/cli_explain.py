@@ -26,7 +26,7 @@ def explain(
         typer.Option(
             min=0,
             help="Cross-attention that is looked into, from 0 to the last but one; by default 7 of "
-            "12, and of others the one at that depth.",
+            "12 layers, and of others the one at that depth.",
         ),
     ] = None,
     dtype: DtypeOption = "auto",

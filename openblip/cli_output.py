@@ -1,6 +1,7 @@
 """What commands print: answers on stdout, as text or as one JSON document; the rest on stderr."""
 
 import json
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -49,6 +50,23 @@ def loop_text(results: Mapping[str, Any], out: Path) -> str:
         )
     lines.append(f"{results['seconds']:.0f} s; open {out / 'report.html'}")
     return "\n".join(lines)
+
+
+def quickstart_text(results: Mapping[str, Any], out: Path) -> str:
+    """Say what a quickstart measured, and what to type to try its models."""
+    vqa, test, index = results["vqa"], out / "world" / "test", out / "index"
+    first, second = (f"--model {shlex.quote(str(out / name))}" for name in ("model", "vqa"))
+    return "\n".join(
+        [
+            loop_text(results, out),
+            f"{vqa['accuracy']:.1f} % of {vqa['num_questions']} questions about held-out scenes "
+            "are answered right",
+            "to try all of it:",
+            f"    openblip index {shlex.quote(str(test))} {shlex.quote(str(index))} {first}",
+            f"    openblip serve {first} {second} --index {shlex.quote(str(index))} "
+            f"--run {shlex.quote(str(out))}",
+        ]
+    )
 
 
 def run_text(result: Mapping[str, Any]) -> str:

@@ -16,7 +16,7 @@ from openblip.cli_options import (
     Overrides,
     Recipe,
 )
-from openblip.cli_output import answer, dry_text, loop_text, run_text
+from openblip.cli_output import answer, dry_text, loop_text, quickstart_text, run_text
 from openblip.config import load_recipe
 from openblip.data.sources import list_shards
 
@@ -34,13 +34,14 @@ def quickstart(
     """Run the whole loop on a drawn world, in minutes on a CPU.
 
     Pre-trains a model on noisy captions, fine-tunes captioner and filter, bootstraps the captions
-    and pre-trains anew. Prints the scores before and after; report.html shows what happened. A
-    quickstart that was stopped goes on where it was.
+    and pre-trains anew. Prints the scores before and after; report.html shows what happened. Then
+    trains a head that moves a picture by a text and a model that answers questions, and prints what
+    to type to try them all. A quickstart that was stopped goes on where it was.
     """
     from openblip.quickstart import quickstart as run
 
     results = run(out, seed=seed, has_ablation=has_ablation)
-    answer(results, loop_text(results, out), as_json=as_json)
+    answer(results, quickstart_text(results, out), as_json=as_json)
 
 
 def draw(
@@ -48,7 +49,7 @@ def draw(
     seed: Annotated[int, typer.Option(help="Of what is drawn.")] = 42,
     as_json: AsJson = False,
 ) -> None:
-    """Draw the quickstart's world: web, human and test images with captions.
+    """Draw the quickstart's world: web, human and test images with captions, and questions.
 
     Data to try a training on. See recipes/world_cpu.yaml.
     """

@@ -1,7 +1,8 @@
 """Where a model looks at each word of a text: Grad-CAM of the ITM cross-attention.
 
-Source: ALBEF (Li et al. 2021), section 4.4 and its visualisation, which is BLIP's too; Grad-CAM is
-of Selvaraju et al. 2017.
+Source: Grad-CAM of Selvaraju et al. 2017, on the cross-attention as ALBEF (Li et al. 2021) grounds
+words in images, which LAVIS does with BLIP. Where they take the gradient of the logit of a match,
+this takes that of its distance from the other logit: what the probability is made of.
 
 Letters: L tokens, N patches, H heads, D text width.
 """
@@ -64,6 +65,9 @@ def explain(
     """Find what in an image speaks for each word of a text.
 
     text   cleaned, and cut at 35 tokens, as texts are that are matched
+    layer  number of the cross-attention that is looked into; by default `default_layer`
+    Raises ValueError for a text without words; for a model that does not match, has one layer of
+    text or does not run in PyTorch; for a layer that cannot be looked into; and ImageDecodeError.
     """
     backend = engine.backend
     if not isinstance(backend, TorchBackend):
@@ -101,7 +105,7 @@ def explain(
 
 
 def default_layer(num_layers: int) -> int:
-    """Return the layer that is looked into: of twelve the eighth, as in ALBEF and BLIP.
+    """Return the layer that is looked into: of twelve, from 0, number 7, as LAVIS does with BLIP.
 
     Of others the one at the same depth, but never the last: the match is read from [ENC] there,
     and what the words look at is lost.
@@ -196,10 +200,11 @@ def explanation_figure(image: Image.Image, explanation: Explanation) -> Image.Im
     small = image.convert("RGB").resize(size, Image.Resampling.BICUBIC)
     panels = [(small, f"match {explanation.match_probability:.2f}")]
     panels += [(heat_picture(small, word.heat), word.text) for word in explanation.words]
-    columns = min(MOST_COLUMNS, len(panels))
+    rows = math.ceil(len(panels) / MOST_COLUMNS)
+    columns = math.ceil(len(panels) / rows)
     width, height = max(size[0], _NARROWEST), size[1] + _TEXT_HEIGHT
     across = _GAP + columns * (width + _GAP)
-    down = _GAP + math.ceil(len(panels) / columns) * height
+    down = _GAP + rows * height
     figure = Image.new("RGB", (across, down), _PAPER)
     draw = ImageDraw.Draw(figure)
     font = ImageFont.load_default(_FONT_SIZE)

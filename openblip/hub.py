@@ -4,9 +4,9 @@ import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import CommitOperationAdd, HfApi, snapshot_download
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
@@ -27,6 +27,7 @@ from openblip.checkpoint import (
 from openblip.convert import Converted, read_transformers, read_transformers_vqa
 from openblip.convert_transformers import answers_questions
 from openblip.data.shards import checksum
+from openblip.hub_card import model_card, read_made
 from openblip.inference import Dtype, Engine
 from openblip.models.blip import Blip
 from openblip.models.nlvr import Nlvr
@@ -37,6 +38,10 @@ from openblip.tokenizer import Tokenizer
 # Of all that a repository may hold (other frameworks' weights, training states), what we read.
 PATTERNS = [*FILES, CALIBRATION, "tokenizer_config.json", "vocab.txt", "model-*.safetensors"]
 PATTERNS += ["model.safetensors.index.json"]
+CARD = "README.md"
+# What transformers reads of a folder, its weights without pickles.
+THEIR_PATTERNS = [CARD, "*config.json", "*.safetensors", "model.safetensors.index.json"]
+THEIR_PATTERNS += ["tokenizer.json", "vocab.txt", "special_tokens_map.json"]
 PICKLED_PATTERNS = ["pytorch_model.bin", "pytorch_model-*.bin", "pytorch_model.bin.index.json"]
 
 _log = logging.getLogger(__name__)
@@ -77,12 +82,8 @@ def load(name_or_path: str | Path, *, revision: str | None = None) -> tuple[Blip
 
 def is_vqa(name_or_path: str | Path) -> bool:
     """Say whether a model, ours or transformers', answers questions. Raises as `resolve` does."""
-    path = resolve(name_or_path) / "config.json"
-    try:
-        values = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(values, dict) and (values.get("task") == "vqa" or answers_questions(values))
+    values = _config_of(resolve(name_or_path))
+    return values.get("task") == "vqa" or answers_questions(values)
 
 
 def load_vqa(name_or_path: str | Path, *, revision: str | None = None) -> tuple[Vqa, Tokenizer]:
@@ -141,28 +142,75 @@ def push(
     name: str,
     *,
     private: bool = True,
+    card: str | None = None,
     message: str = "Add a model of openblip",
 ) -> str:
-    """Upload our folder with its model card, making the repository if needed; return its URL.
+    """Upload a folder of ours or of transformers, making the repository if needed; return its URL.
 
     name  the Hub's `owner/model`; the login is the one of `hf auth login` or HF_TOKEN
+    card  the model card in Markdown, as of `filled_card`; None uploads the folder's README.md
+    Nothing of the folder but what `files_to_push` names is uploaded, all in one commit.
     Raises ValueError if the folder is not whole, and if the Hub refuses.
     """
-    absent = [file for file in FILES if not (Path(folder) / file).is_file()]
-    if absent:
-        raise ValueError(f"{folder} is no checkpoint: it lacks {', '.join(absent)}")
+    content: dict[str, Path | bytes] = {
+        file: Path(folder) / file for file in files_to_push(folder, has_card=card is not None)
+    }
+    if card is not None:
+        content[CARD] = card.encode()
+    operations = [CommitOperationAdd(path, data) for path, data in content.items()]
     api = HfApi()
     try:
         url = api.create_repo(name, private=private, exist_ok=True)
-        api.upload_folder(
-            repo_id=name,
-            folder_path=folder,
-            allow_patterns=[*FILES, CALIBRATION],
-            commit_message=message,
-        )
+        api.create_commit(name, operations, commit_message=message)
     except (HfHubHTTPError, HFValidationError, ConnectionError) as error:
         raise ValueError(f"{name} was not uploaded: {_first_line(error)}") from error
     return str(url)
+
+
+def files_to_push(folder: str | Path, *, has_card: bool = False) -> list[str]:
+    """Return the names of the files of a model that go to the Hub; pickles never do.
+
+    has_card  the model card comes from elsewhere
+    Raises ValueError if the folder is not whole.
+    """
+    folder = Path(folder)
+    is_theirs = _is_of_transformers(folder)
+    patterns = THEIR_PATTERNS if is_theirs else [*FILES, CALIBRATION]
+    found = {path.name for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
+    if has_card:
+        found.add(CARD)
+    needed = {"preprocessor_config.json", "tokenizer_config.json", CARD} if is_theirs else {*FILES}
+    absent = needed - found
+    if is_theirs and not any(name.endswith(".safetensors") for name in found):
+        absent.add("model.safetensors")
+    if absent:
+        kind = "folder of transformers" if is_theirs else "checkpoint"
+        raise ValueError(f"{folder} is no whole {kind}: it lacks {', '.join(sorted(absent))}")
+    return sorted(found - {CARD} if has_card else found)
+
+
+def filled_card(folder: str | Path, name: str, *, license_name: str | None = None) -> str:
+    """Return the model card of a folder, filled with all that is known of it (`hub_card`).
+
+    name          the Hub's `owner/model`
+    license_name  one of the Hub's names, such as apache-2.0; None leaves it to be filled in there
+    Raises ValueError for a folder that cannot be loaded.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is no folder: what is pushed is a local one")
+    is_theirs = _is_of_transformers(folder)
+    model: Blip | Nlvr | Vqa
+    match _task_of(folder):
+        case "nlvr":
+            model, _ = load_nlvr(folder)
+        case _ if is_vqa(folder):
+            model, _ = load_vqa(folder)
+        case _:
+            model, _ = load(folder)
+    return model_card(
+        model, name, read_made(folder), license_name=license_name, is_of_transformers=is_theirs
+    )
 
 
 def _load(
@@ -203,11 +251,20 @@ def _download(name: str, revision: str | None, patterns: list[str]) -> Path:
 
 
 def _is_of_transformers(folder: Path) -> bool:
+    return "model_type" in _config_of(folder)
+
+
+def _task_of(folder: Path) -> object:
+    return _config_of(folder).get("task")
+
+
+def _config_of(folder: Path) -> dict[str, Any]:
+    """Return what config.json holds, or nothing if it is none."""
     try:
         values = json.loads((folder / "config.json").read_text("utf-8"))
     except (OSError, ValueError):
-        return False
-    return isinstance(values, dict) and "model_type" in values
+        return {}
+    return values if isinstance(values, dict) else {}
 
 
 def _first_line(error: Exception) -> str:

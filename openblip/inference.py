@@ -34,7 +34,7 @@ from openblip.models.blip import Blip
 from openblip.models.vqa import Vqa
 from openblip.results import Judgement, LabelGuess, Labels, WrittenCaption
 from openblip.tokenizer import MAX_TEXT_TOKENS, TokenBatch, Tokenizer
-from openblip.words import OnWord, WordStream, written_caption
+from openblip.words import OnWord, WordStream
 
 Dtype = Precision | Literal["auto"]
 T = TypeVar("T")
@@ -149,7 +149,7 @@ class Engine:
                 generated = stream.finish(start, generated)
             done = stop
             return [
-                [written_caption(self.tokenizer, one) for one in several] for several in generated
+                [WrittenCaption.of(one, self.tokenizer) for one in several] for several in generated
             ]
 
         captions = self._run(images, write)

@@ -1,37 +1,53 @@
 """What an engine answers."""
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from functools import cached_property
 
 from torch import Tensor
 
-Flag = Literal["repetition", "low_confidence"]
-
-
-@dataclass(frozen=True)
-class Word:
-    """A written word, and how probable all its pieces are in a row, after what stands before."""
-
-    text: str
-    probability: float
+from openblip.generation_batch import Generated
+from openblip.tokenizer import Tokenizer
+from openblip.words import Flag as Flag
+from openblip.words import Word as Word
+from openblip.words import flags_of, words_of
 
 
 @dataclass(frozen=True)
 class WrittenCaption:
-    """A caption as the decoder wrote it.
+    """A caption as the decoder wrote it. Words and flags are made when they are first asked for.
 
     token_log_probabilities  nats, of the new tokens and of [SEP] if it came
     is_finished              whether [SEP] came before the longest length
-    words                    of the text; with spaces between them they are the text
-    flags                    what should make one look twice; see `words.flags_of`
     """
 
     text: str
     token_log_probabilities: tuple[float, ...]
     mean_log_probability: float
     is_finished: bool
-    words: tuple[Word, ...]
-    flags: tuple[Flag, ...]
+    _generated: Generated = field(repr=False, compare=False)
+    _tokenizer: Tokenizer = field(repr=False, compare=False)
+
+    @classmethod
+    def of(cls, generated: Generated, tokenizer: Tokenizer) -> "WrittenCaption":
+        """Return decoded tokens as a caption."""
+        return cls(
+            tokenizer.decode(generated.token_ids),
+            generated.log_probabilities,
+            generated.mean_log_probability,
+            generated.is_finished,
+            generated,
+            tokenizer,
+        )
+
+    @cached_property
+    def words(self) -> tuple[Word, ...]:
+        """The words of the text, with their probabilities; joined by spaces they are the text."""
+        return words_of(self._tokenizer, self._generated)
+
+    @cached_property
+    def flags(self) -> tuple[Flag, ...]:
+        """What should make one look twice; see `words.flags_of`."""
+        return flags_of(self.words, self.mean_log_probability)
 
 
 @dataclass(frozen=True)

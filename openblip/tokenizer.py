@@ -164,20 +164,20 @@ class Tokenizer:
         A word is what stands between spaces: "mat." is one, and so is "cat's". Special tokens
         belong to none.
         """
-        found: list[tuple[str, list[int]]] = []
-        words = iter(self.decode(token_ids).split(" "))
-        num_open = 0
         kept = [(place, int(i)) for place, i in enumerate(token_ids) if int(i) not in self._skipped]
+        # `decode` takes out spaces alone, so the letters of pieces and of words are the same.
+        found: list[tuple[str, list[int]]] = []
+        num_open = 0
+        words = iter(self.decode(token_ids).split(" "))
         for number, (place, token) in enumerate(kept):
+            if num_open == 0:
+                word = next(words)
+                found.append((word, []))
+                num_open = len(word)
+            found[-1][1].append(place)
             # The decoder leaves the marks of the first piece.
             piece = str(self._raw.id_to_token(token))
-            num_letters = len(piece if number == 0 else piece.removeprefix("##"))
-            if num_open == 0:
-                found.append((next(words), []))
-                num_open = len(found[-1][0])
-            found[-1][1].append(place)
-            # `decode` takes out spaces alone, so the letters of pieces and words are the same.
-            num_open -= num_letters
+            num_open -= len(piece if number == 0 else piece.removeprefix("##"))
         return found
 
     def decode(self, token_ids: Sequence[int]) -> str:

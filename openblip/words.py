@@ -4,10 +4,11 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 from openblip.generation import OnToken
 from openblip.generation_batch import Generated
-from openblip.results import Flag, Word, WrittenCaption
 from openblip.tokenizer import Tokenizer
 
 # Below what captions in order have: of the drawn world's captioner, 98 % of the captions have words
@@ -20,24 +21,23 @@ MOST_PAIRS = 2
 """Times that two words may follow each other in one caption. In 11,499 captions of COCO images, by
 people and by models, no pair came a third time."""
 
+Flag = Literal["repetition", "low_confidence"]
+
+
+@dataclass(frozen=True)
+class Word:
+    """A written word, and how probable all its pieces are in a row, after what stands before."""
+
+    text: str
+    probability: float
+
+
 OnWord = Callable[[int, Word], bool]
 """Takes the number of an image and a word; returning False ends the image's caption."""
 
+_PUNCTUATION = ".,;:!?\"'"
 # The clean-up of `Tokenizer.decode` may still join these to the word before: "cat ' s", "do n ' t".
 _JOINING = {"'", "n"}
-
-
-def written_caption(tokenizer: Tokenizer, generated: Generated) -> WrittenCaption:
-    """Return a decoded caption as text, with its words and flags."""
-    words = words_of(tokenizer, generated)
-    return WrittenCaption(
-        tokenizer.decode(generated.token_ids),
-        generated.log_probabilities,
-        generated.mean_log_probability,
-        generated.is_finished,
-        words,
-        flags_of(words, generated.mean_log_probability),
-    )
 
 
 def words_of(tokenizer: Tokenizer, generated: Generated) -> tuple[Word, ...]:
@@ -69,15 +69,17 @@ def flags_of(words: Sequence[Word], mean_log_probability: float) -> tuple[Flag, 
 
 def is_repetitive(words: Sequence[str]) -> bool:
     """Say whether words repeat themselves, as `flags_of` has it."""
-    bare = [word.strip(".,;:!?\"'") for word in words]
-    said = [word for word in bare if word]
+    said = [bare for word in words if (bare := word.strip(_PUNCTUATION))]
+    if len(set(said)) == len(said):
+        return False
     pairs = Counter(itertools.pairwise(said))
-    if max(pairs.values(), default=0) > MOST_PAIRS:
+    if max(pairs.values()) > MOST_PAIRS:
         return True
     return any(
         said[start : start + length] == said[start + length : start + 2 * length]
-        for length in range(1, len(said) // 2 + 1)
-        for start in range(len(said) - 2 * length + 1)
+        for start, word in enumerate(said)
+        for length in range(1, (len(said) - start) // 2 + 1)
+        if word == said[start + length]
     )
 
 

@@ -206,8 +206,8 @@ def test_a_figure_has_a_panel_for_the_image_and_each_word(
         Image.new("RGB", size, "blue"), Explanation("so many words", words, 0.5)
     )
     shown = np.asarray(figure).astype(int)
-    columns = min(explaining.MOST_COLUMNS, num_words + 1)
-    rows = math.ceil((num_words + 1) / columns)
+    rows = math.ceil((num_words + 1) / explaining.MOST_COLUMNS)
+    columns = math.ceil((num_words + 1) / rows)
     assert figure.width <= (explaining.PANEL[0] + 20) * columns + 20
     assert figure.height <= (explaining.PANEL[1] + 50) * rows + 20
     # The image itself comes first; the paper is white, and so is the end of the last row.

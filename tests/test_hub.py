@@ -14,12 +14,15 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from huggingface_hub import constants
 from huggingface_hub.utils import close_session
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
 import openblip
 from openblip.checkpoint import load_checkpoint, save_checkpoint
+from openblip.cli import app
 from openblip.convert import convert_to_transformers, read_foreign
 from openblip.hub import load, push, resolve
 from openblip.models.blip import Blip
@@ -285,3 +288,75 @@ def test_push(model: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     (model / "README.md").unlink()
     with pytest.raises(ValueError, match=r"lacks README\.md"):
         push(model, "someone/mine")
+
+
+def front_of(card: bytes) -> dict[str, object]:
+    """Return the front matter of a card."""
+    _, front, _ = card.decode().split("---\n", 2)
+    values = yaml.safe_load(front)
+    assert isinstance(values, dict)
+    return values
+
+
+def test_push_with_a_filled_card(
+    model: Path, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_of_a_test")
+    recipe = "data:\n- /home/me/secret/pairs\ninit: runs/base\nnum_steps: 12\n"
+    (model / "README.md").write_text(
+        f"# mine\n\n- it starts from /home/me/x.\n\n```yaml\n{recipe}```\n"
+    )
+    log = model.with_name("model.log.jsonl")
+    log.write_text(
+        '{"step": 11, "loss": 1.23456}\n{"step": 11, "evaluation": {"criterion": 2.5}}\n'
+    )
+    (tmp_path / "evaluation").mkdir()
+    (tmp_path / "evaluation" / "model.json").write_text('{"accuracy": 61.5, "num_judged": 8}')
+    done = CliRunner().invoke(app, ["push", str(model), "me/mine", "--license", "mit", "--json"])
+    assert done.exit_code == 0, done.output
+    answer = json.loads(done.stdout)
+    assert answer["url"] == f"{hub.url}/me/mine"
+    uploaded = hub.repositories["me/mine"]["main"]
+    assert set(uploaded) == set(answer["files"])
+    assert uploaded["README.md"].decode() == answer["card"]
+    assert front_of(uploaded["README.md"]) == {
+        "library_name": "openblip", "pipeline_tag": "image-feature-extraction",
+        "tags": ["blip", "openblip", "image-captioning", "image-text-retrieval",
+                 "image-text-matching"],
+        "license": "mit",
+    }  # fmt: skip
+    for told in ("| data | pairs |", "| starts from | runs/base |", "| optimizer steps | 12 |",
+                 "step 11, loss 1.235", "| accuracy, % | 61.5 |", "| criterion | 2.5 |",
+                 'engine = openblip.load_engine("me/mine")',
+                 "openblip caption photos/ --model me/mine", "it starts from x"):  # fmt: skip
+        assert told in answer["card"], told
+    assert "/home" not in answer["card"]
+    assert same(load("me/mine"), model)
+
+
+def test_push_of_a_transformers_folder_and_a_dry_run(
+    model: Path, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_of_a_test")
+    theirs = tmp_path / "theirs"
+    convert_to_transformers(model, theirs, architecture="BlipForConditionalGeneration")
+    (theirs / "pytorch_model.bin").write_bytes(b"never pushed")
+    dry = CliRunner().invoke(app, ["push", str(theirs), "me/theirs", "--dry-run"])
+    assert dry.exit_code == 0, dry.output
+    assert "BlipForConditionalGeneration.from_pretrained" in dry.stdout
+    assert not hub.asked
+    done = CliRunner().invoke(app, ["push", str(theirs), "me/theirs"])
+    assert done.exit_code == 0, done.output
+    uploaded = hub.repositories["me/theirs"]["main"]
+    assert set(uploaded) == {path.name for path in theirs.iterdir()} - {"pytorch_model.bin"}
+    assert front_of(uploaded["README.md"])["library_name"] == "transformers"
+    assert "decode" in load("me/theirs")[0].config.text.roles
+    mine = tmp_path / "card.md"
+    mine.write_text("# Mine\n")
+    refused = CliRunner().invoke(
+        app, ["push", str(theirs), "me/x", "--card", str(mine), "--license", "mit"]
+    )
+    assert refused.exit_code == 2
+    assert "not into" in refused.stderr
+    missing = CliRunner().invoke(app, ["push", str(tmp_path / "gone"), "me/x"])
+    assert (missing.exit_code, "is no folder" in missing.stderr) == (2, True)

@@ -16,15 +16,16 @@ LAYERS = {
         "data.tables", "data.writers"],
     1: ["tokenizer", "images", "augment", "models", "losses", "generation", "generation_batch",
         "kernels"],
-    2: ["data", "training", "page", "page_charts", "checkpoint", "convert", "hub", "inference",
+    2: ["data", "training", "page", "page_charts", "checkpoint", "convert", "hub", "hub_card",
+        "inference",
         "answering", "backend", "batching", "labels", "results", "words",
         "onnx_backend", "onnx_export", "onnx_parts",
         "convert_official", "convert_transformers", "convert_vocabulary", "convert_weights"],
     3: ["evaluation", "search", "explain", "bench", "bench_peer", "bench_chart"],
     4: ["pretrain", "finetune", "capfilt", "quickstart"],
     5: ["cli", "cli_bench", "cli_capfilt", "cli_caption", "cli_evaluate", "cli_explain",
-        "cli_export", "cli_options", "cli_output", "cli_search", "cli_serve", "cli_stages",
-        "cli_vqa", "serve", "__main__"],
+        "cli_export", "cli_hub", "cli_options", "cli_output", "cli_search", "cli_serve",
+        "cli_stages", "cli_vqa", "serve", "__main__"],
 }  # fmt: skip
 LAYER_OF = {prefix: layer for layer, prefixes in LAYERS.items() for prefix in prefixes}
 CALL_OTHER_STAGES = {"capfilt.bootstrap", "quickstart"}

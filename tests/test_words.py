@@ -5,9 +5,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from openblip.generation_batch import Generated
-from openblip.results import Word
+from openblip.results import WrittenCaption
 from openblip.tokenizer import BASE_TOKENS, BLIP_TOKENS, Tokenizer
-from openblip.words import WordStream, flags_of, is_repetitive, words_of, written_caption
+from openblip.words import Word, WordStream, flags_of, is_repetitive, words_of
 
 # Pieces that the clean-up joins, in every order that a model may write them.
 PIECES = ["cat", "do", "n", "t", "'", "s", "m", ".", ",", "!", "a", "##s", "##ing", "##'", "n't"]
@@ -77,7 +77,7 @@ def test_a_word_is_as_probable_as_its_pieces_in_a_row() -> None:
     cats, a = words_of(TOKENIZER, written)
     assert (cats.text, cats.probability) == ("cat's", pytest.approx(0.2))
     assert (a.text, a.probability) == ("a", pytest.approx(0.9))
-    caption = written_caption(TOKENIZER, written)
+    caption = WrittenCaption.of(written, TOKENIZER)
     assert (caption.text, caption.words, caption.flags) == ("cat's a", (cats, a), ())
 
 

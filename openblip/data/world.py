@@ -126,6 +126,11 @@ def trained_scenes(config: WorldConfig) -> set[Scene]:
     return {*web, *human}
 
 
+def held_out_scenes(config: WorldConfig) -> list[Scene]:
+    """Return what `draw_world` draws for test, in its order."""
+    return _draw_scenes(config, np.random.default_rng(config.seed))[2]
+
+
 @dataclass(frozen=True)
 class Place:
     """Where an object stands: its centre, and half of its height, in shares of the image's side."""

@@ -180,6 +180,7 @@ def build_app(
         summary="Captions, matches, answers, labels, embeddings and search of pictures.",
         docs_url=None,  # their scripts come from elsewhere
         redoc_url=None,
+        redirect_slashes=False,
         lifespan=lifespan,
         responses={
             status: {"model": ErrorAnswer}

@@ -1,11 +1,12 @@
 """What every request passes before a route sees it, and what is noted of it after.
 
 One ASGI layer around the app: request id, bearer token, rate of each client, number of requests at
-once, size and time of the body, security headers, one log line and the metrics. Everything is
-refused before a body is read.
+once, size and time of the body, security headers, one log line and the metrics. What is refused is
+refused before its body is looked at.
 """
 
 import asyncio
+import contextlib
 import hmac
 import json
 import logging
@@ -35,6 +36,8 @@ _HEADERS = {
 }
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _MOST_CLIENTS = 10_000
+_DISCARDED = 4
+"""Times the largest upload that is read of one that is refused."""
 _GUARDED = "/v1/"
 _log = logging.getLogger("openblip.serve.requests")
 
@@ -82,6 +85,7 @@ class Guard:
         except RequestError as error:
             body = error_body(error.code, str(error.detail), exchange.request_id)
             response = JSONResponse(body, error.status_code, headers=error.headers)
+            await self._discard(receive, exchange.num_bytes)
             await response(scope, receive, exchange.send)
             self._note(exchange, time.monotonic() - start)
             return
@@ -115,8 +119,7 @@ class Guard:
         if self.is_draining:
             headers = {"Connection": "close", "Retry-After": "5"}
             raise RequestError(503, "stopping", "the server is stopping", headers)
-        length = exchange.header(b"content-length")
-        if length.isdigit() and int(length) > settings.max_upload_bytes:
+        if exchange.num_bytes > settings.max_upload_bytes:
             raise _too_large(settings.max_upload_bytes)
         if self._buckets is not None and (wait := self._buckets.wait_s(client, time.monotonic())):
             headers = {"Retry-After": str(_whole_seconds(wait))}
@@ -145,12 +148,29 @@ class Guard:
                     {"Connection": "close"},
                 ) from None  # fmt: skip
             num_bytes += len(message.get("body", b""))
-            if num_bytes > self._settings.max_upload_bytes:
-                raise _too_large(self._settings.max_upload_bytes)
             is_whole = not message.get("more_body", False)
+            if num_bytes > self._settings.max_upload_bytes:
+                if not is_whole:
+                    await self._discard(receive, num_bytes)
+                raise _too_large(self._settings.max_upload_bytes)
             return message
 
         return limited
+
+    async def _discard(self, receive: Receive, num_bytes: int) -> None:
+        """Read the rest of a body that is refused, unless it is far too large.
+
+        Who is still sending when the connection closes does not get to read why.
+        """
+        most = _DISCARDED * self._settings.max_upload_bytes
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._settings.upload_timeout_s):
+                rest = 0
+                while num_bytes <= most and rest <= most:
+                    message = await receive()
+                    rest += len(message.get("body", b""))
+                    if message["type"] == "http.disconnect" or not message.get("more_body"):
+                        return
 
     def _note(self, exchange: "_Exchange", seconds: float) -> None:
         route = exchange.route
@@ -181,6 +201,12 @@ class _Exchange:
         scope["request_id"] = self.request_id
         # 499, as nginx has it: the client left before there was an answer.
         self.status = 499
+
+    @property
+    def num_bytes(self) -> int:
+        """How large the body is said to be."""
+        length = self.header(b"content-length")
+        return int(length) if length.isdigit() else 0
 
     def header(self, name: bytes) -> bytes:
         return self._given.get(name, b"")

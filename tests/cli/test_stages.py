@@ -12,6 +12,8 @@ from openblip.checkpoint import load_checkpoint
 from openblip.config import load_recipe
 from openblip.data.sources import list_shards, read_samples
 from openblip.data.world import WorldConfig
+from openblip.data.world_edits import EditsConfig
+from openblip.data.world_questions import QUESTIONS_PER_IMAGE, QuestionsConfig
 
 MODEL = (
     "{image_size_px: 32, patch_size_px: 16, vision_width: 16, vision_layers: 1, vision_heads: 2, "
@@ -369,6 +371,15 @@ def test_quickstart_draws_its_own_world(run, recipe, tmp_path: Path, monkeypatch
     loop = load_recipe(BootstrapRecipe, recipe(LOOP))
     monkeypatch.setattr(openblip.quickstart, "WORLD", world)
     monkeypatch.setattr(openblip.quickstart, "quickstart_recipe", lambda seed: loop)
+    monkeypatch.setattr(openblip.quickstart, "QUESTIONS", QuestionsConfig(num_train=8))
+    monkeypatch.setattr(openblip.quickstart, "EDITS", EditsConfig(num_train=8, num_families=1))
+    short = {"num_steps": 2, "batch_size": 4}
+    for name in ("head_recipe", "vqa_recipe"):
+        of = getattr(openblip.quickstart, name)
+        monkeypatch.setattr(
+            openblip.quickstart, name,
+            lambda *given, of=of: of(*given).model_copy(update=short),
+        )  # fmt: skip
     result = run("quickstart", "--out", tmp_path / "q", "--seed", 3, "--ablation", "--json")
     assert result.code == 0, result.err
     assert set(result.json["ablation"]) == {
@@ -377,3 +388,12 @@ def test_quickstart_draws_its_own_world(run, recipe, tmp_path: Path, monkeypatch
     shown = run("quickstart", "--out", tmp_path / "q", "--seed", 3, "--ablation").out
     assert "captioner_only" in shown.splitlines()[0]
     assert "ROC-AUC" in shown
+    assert result.json["vqa"]["num_questions"] == 8 * QUESTIONS_PER_IMAGE
+    [index] = [line.split() for line in shown.splitlines() if "openblip index" in line]
+    assert index[2:] == [
+        *map(str, (tmp_path / "q/world/test", tmp_path / "q/index")), "--model",
+        str(tmp_path / "q/model"),
+    ]  # fmt: skip
+    [serve] = [line.split() for line in shown.splitlines() if "openblip serve" in line]
+    for name in serve[3:6:2]:
+        assert (Path(name) / "model.safetensors").is_file()

@@ -15,11 +15,14 @@ const MAX_STRETCH = 1.35; // how much higher than wished a row may get to fill t
 export function justify(shapes, width, wished) {
   const sizes = [];
   let row = [];
+  let usual = wished;
   const close = (isLast) => {
     const sum = row.reduce((total, shape) => total + shape, 0);
     const filling = (width - GAP_PX * (row.length - 1)) / sum;
-    // A row that cannot be filled without blowing its pictures up stays as high as wished.
-    const height = filling > wished * MAX_STRETCH || (isLast && filling > wished) ? wished : filling;
+    // What cannot fill a row without being blown up is as high as the row before, or as wished.
+    const isFilled = filling <= wished * MAX_STRETCH && (!isLast || filling <= usual);
+    const height = isFilled ? filling : Math.min(usual, filling);
+    usual = height;
     // Rounded down, so that a row never wraps for a fraction of a pixel.
     for (const shape of row) {
       sizes.push({ width: Math.floor(shape * height * 10) / 10, height: Math.floor(height * 10) / 10 });

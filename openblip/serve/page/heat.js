@@ -65,6 +65,7 @@ export async function showHeat({ text, model, index, word, button }) {
       : words.find((one) => sameWord(one.text, word)))?.heat;
     if (!heat) return hideHeat(`There is no heat map for “${word}”.`);
     paint(heat, mine);
+    float(button);
     tell(`“${word}”: bright is where the model looks. The text matches with ${match.toFixed(2)}.`);
     announce(`Heat map of ${word}: strongest ${strongest(heat)}`);
   } catch (error) {
@@ -82,8 +83,22 @@ export function hideHeat(reason = "", isError = false, button = null) {
   shownFor?.classList.remove("is-shown");
   shownFor = null;
   byId("heat").hidden = true;
+  float();
   tell(reason, isError);
   if (reason) announce(reason);
+}
+
+/** Let the picture float in a corner while the word's map is shown where the picture is not in sight. */
+function float(button = null) {
+  const place = byId("shown");
+  const frame = place.querySelector(".frame");
+  const { top, bottom, height } = place.getBoundingClientRect();
+  const isAway = bottom < height / 2 || top > innerHeight - height / 2;
+  const isFloating = button !== null && isAway;
+  // The place keeps its height, so that nothing below it moves.
+  if (isFloating && !frame.classList.contains("is-floating")) place.style.minHeight = `${height}px`;
+  if (!isFloating) place.style.minHeight = "";
+  frame.classList.toggle("is-floating", isFloating);
 }
 
 function tell(text, isError = false) {

@@ -23,7 +23,7 @@ function startTheme() {
     const { theme } = document.documentElement.dataset;
     return theme ? theme === "dark" : system.matches;
   };
-  const draw = () => button.setAttribute("aria-pressed", String(isDark()));
+  const draw = () => button.setAttribute("aria-checked", String(isDark()));
   button.addEventListener("click", () => {
     const theme = isDark() ? "light" : "dark";
     document.documentElement.dataset.theme = theme;

@@ -95,6 +95,7 @@ function draw() {
   image.width = width;
   image.height = height;
   markPixelated(image, width, height);
+  byId("shown").querySelector(".frame").style.setProperty("--shape", String(width / height));
   byId("shown-name").textContent = name;
   byId("shown-size").textContent = `${width} × ${height} px`;
 }

@@ -33,6 +33,7 @@ function look(number) {
   image.alt = describe(hit);
   image.width = hit.width;
   image.height = hit.height;
+  image.style.setProperty("--shape", String(hit.width / hit.height));
   markPixelated(image, hit.width, hit.height);
   pictureAddress(`${hit.picture}/original`).then(
     (address) => {
