@@ -242,6 +242,25 @@ class Index:
                 yield first + start, torch.from_numpy(vectors[start : start + BLOCK_ROWS])
             first += len(vectors)
 
+    def parts(
+        self, wanted: NDArray[np.bool_], most_rows: int
+    ) -> Iterator[tuple[pa.Table, NDArray[np.float32], NDArray[np.float16] | None]]:
+        """Yield rows, embeddings and states of the wanted ones of R, some at a time, in order."""
+        first = 0
+        for one in self._opened:
+            end = first + one.segment.num_rows
+            rows = np.flatnonzero(wanted[first:end])
+            for start in range(0, len(rows), most_rows):
+                some = rows[start : start + most_rows]
+                states = None if one.states is None else one.states[some]
+                yield one.table.take(some), one.vectors[some], states
+            first = end
+
+    @property
+    def has_states(self) -> bool:
+        """Whether the image states of all are stored."""
+        return all(one.states is not None for one in self._opened)
+
     def states(self, number: int) -> Tensor | None:
         """Return the stored image states (1 + N, D) of an image, None where there are none."""
         segment, row = self._place(number)
