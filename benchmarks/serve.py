@@ -92,6 +92,16 @@ class Client:
 
     async def send(self, request: bytes) -> Reply:
         """Send a request and read what comes back. Raises OSError, EOFError if nothing does."""
+        is_reused = self._writer is not None
+        try:
+            return await self._exchange(request)
+        except (ConnectionError, asyncio.IncompleteReadError) as error:
+            # A server closes a connection that nobody used for a while, as this one may be.
+            if not is_reused or getattr(error, "partial", b""):
+                raise
+            return await self._exchange(request)
+
+    async def _exchange(self, request: bytes) -> Reply:
         if self._reader is None or self._writer is None:
             self._reader, self._writer = await asyncio.open_connection(self._host, self._port)
         try:
