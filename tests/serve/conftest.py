@@ -170,6 +170,13 @@ def _start(
     return RunningServer(build_app(models, settings, metrics, index), settings)
 
 
+def alone(engine: Engine) -> RunningServer:
+    """Start a server of one model, without index and runs."""
+    settings, metrics = ServerSettings(), Metrics()
+    models = Models([serve_model("tiny", engine, IDENTITY, 0.004, metrics)])
+    return RunningServer(build_app(models, settings, metrics), settings)
+
+
 def encoded(width: int, height: int, kind: str = "PNG") -> bytes:
     """Return a picture of one colour."""
     buffer = io.BytesIO()
