@@ -3,7 +3,6 @@
 import io
 import math
 import warnings
-from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -31,7 +30,7 @@ class ImageDecodeError(ValueError):
 
 
 def decode_image(
-    data: bytes, *, max_pixels: int = MAX_PIXELS, formats: Sequence[str] | None = None
+    data: bytes, *, max_pixels: int = MAX_PIXELS, formats: tuple[str, ...] | None = None
 ) -> Image.Image:
     """Decode to RGB: upright by EXIF, first frame, transparency on white, 16 bit scaled to 8.
 
