@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from openblip.data.prefetch import map_beside
 from openblip.data.rows import BadSample, Build, UnreachableImageError
@@ -100,11 +99,9 @@ def add_source(
         if has_states:
             encoded = engine.encode(pixels)
             states.append(encoded.states.half().cpu())
-            embedded = engine.embed_images(encoded)
+            embeddings.append(engine.embed_images(encoded))
         else:
-            embedded = engine.embed_images(pixels)
-        # In bfloat16 they are of unit norm to two digits.
-        embeddings.append(F.normalize(embedded, dim=1))
+            embeddings.append(engine.embed_images(pixels))
         rows.extend(one.row for one in batch)
         batch.clear()
 

@@ -29,7 +29,7 @@ from openblip.search.places import Place, Places
 FORMAT = 1
 INDEX_FILE, SEGMENTS = "index.json", "segments"
 EMBEDDINGS, ROWS, STATES = "embeddings.npy", "rows.parquet", "states.npy"
-BLOCK_ROWS = 1 << 17
+BLOCK_ROWS = 1 << 20
 """Rows that a query is compared with at a time."""
 
 COLUMNS = pa.schema(
@@ -113,6 +113,33 @@ def read_state(folder: Path) -> State:
     )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class _Opened:
+    """A segment whose files are open: embeddings (rows, E), rows, states (rows, 1 + N, D)."""
+
+    segment: Segment
+    vectors: NDArray[np.float32]
+    table: pa.Table
+    states: NDArray[np.float16] | None
+
+    @classmethod
+    def at(cls, index: Path, segment: Segment, width: int) -> "_Opened":
+        """Open a segment. Raises FileNotFoundError, and ValueError if it is not what it was."""
+        folder = index / SEGMENTS / segment.name
+        # "c": torch wants arrays that it may write to. Nobody does.
+        vectors = np.load(folder / EMBEDDINGS, mmap_mode="c", allow_pickle=False)
+        table = pq.read_table(folder / ROWS, schema=COLUMNS, memory_map=True)
+        has_states = (folder / STATES).exists()
+        states = np.load(folder / STATES, mmap_mode="c") if has_states else None
+        expected = (segment.num_rows, width)
+        if vectors.shape != expected or len(table) != segment.num_rows:
+            raise ValueError(
+                f"{folder} holds {vectors.shape} embeddings of {len(table)} rows, and "
+                f"{expected} were committed"
+            )
+        return cls(segment, vectors, table, states)
+
+
 class Index:
     """A view of an index as it was when it was opened, or last refreshed.
 
@@ -122,6 +149,7 @@ class Index:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.places = Places()
+        self._opened: list[_Opened] = []
         self._take(read_state(folder))
 
     @classmethod
@@ -157,16 +185,13 @@ class Index:
 
     def column(self, name: str) -> pa.ChunkedArray:
         """Return a column of all R rows."""
-        return (
-            pa.chunked_array([t.column(name).combine_chunks() for t in self._tables])
-            if (self._tables)
-            else pa.chunked_array([], COLUMNS.field(name).type)
-        )
+        chunks = [chunk for one in self._opened for chunk in one.table.column(name).chunks]
+        return pa.chunked_array(chunks, COLUMNS.field(name).type)
 
     def row(self, number: int) -> dict[str, Any]:
         """Return all columns of an image."""
         segment, row = self._place(number)
-        [values] = self._tables[segment].slice(row, 1).to_pylist()
+        [values] = self._opened[segment].table.slice(row, 1).to_pylist()
         found: dict[str, Any] = values
         return found
 
@@ -185,7 +210,7 @@ class Index:
     def key(self, number: int) -> str:
         """Return the key of an image."""
         segment, row = self._place(number)
-        return str(self._tables[segment].column("key")[row].as_py())
+        return str(self._opened[segment].table.column("key")[row].as_py())
 
     def find(self, key: str) -> int:
         """Return the number of an image. Raises ValueError if there is no such key."""
@@ -205,21 +230,41 @@ class Index:
 
     def embeddings(self, numbers: Sequence[int]) -> Tensor:
         """Return embeddings of some images -> (number, E)."""
-        rows = [self._vectors[s][r] for s, r in map(self._place, numbers)]
+        rows = [self._opened[s].vectors[r] for s, r in map(self._place, numbers)]
         return torch.from_numpy(np.stack(rows)) if rows else torch.zeros(0, self.embedding_width)
 
     def blocks(self) -> Iterator[tuple[int, Tensor]]:
         """Yield embeddings (rows, E) of all R rows, with the number of the first of them."""
         first = 0
-        for vectors in self._vectors:
+        for one in self._opened:
+            vectors = one.vectors
             for start in range(0, len(vectors), BLOCK_ROWS):
                 yield first + start, torch.from_numpy(vectors[start : start + BLOCK_ROWS])
             first += len(vectors)
 
+    def parts(
+        self, wanted: NDArray[np.bool_], most_rows: int
+    ) -> Iterator[tuple[pa.Table, NDArray[np.float32], NDArray[np.float16] | None]]:
+        """Yield rows, embeddings and states of the wanted ones of R, some at a time, in order."""
+        first = 0
+        for one in self._opened:
+            end = first + one.segment.num_rows
+            rows = np.flatnonzero(wanted[first:end])
+            for start in range(0, len(rows), most_rows):
+                some = rows[start : start + most_rows]
+                states = None if one.states is None else one.states[some]
+                yield one.table.take(some), one.vectors[some], states
+            first = end
+
+    @property
+    def has_states(self) -> bool:
+        """Whether the image states of all are stored."""
+        return all(one.states is not None for one in self._opened)
+
     def states(self, number: int) -> Tensor | None:
         """Return the stored image states (1 + N, D) of an image, None where there are none."""
         segment, row = self._place(number)
-        stored = self._states[segment]
+        stored = self._opened[segment].states
         return None if stored is None else torch.from_numpy(np.array(stored[row]))
 
     def top(
@@ -229,12 +274,13 @@ class Index:
 
         allowed  of all R rows; None: all
         """
-        is_allowed = self.is_live if allowed is None else self.is_live & allowed
+        dead = self._dead if allowed is None else np.flatnonzero(~(self.is_live & allowed))
         best: list[tuple[float, int]] = []
         for first, vectors in self.blocks():
             similarity = vectors @ embedding
-            allowed_here = torch.from_numpy(is_allowed[first : first + len(vectors)])
-            similarity.masked_fill_(~allowed_here, -torch.inf)
+            # Where few are left out, to name them is far faster than to look at all.
+            start, end = np.searchsorted(dead, (first, first + len(vectors)))
+            similarity[torch.from_numpy(dead[start:end] - first)] = -torch.inf
             top = similarity.topk(min(num, len(similarity)))
             best += zip(top.values.tolist(), (top.indices + first).tolist(), strict=True)
             best = sorted(best, key=lambda one: (-one[0], one[1]))[:num]
@@ -272,29 +318,20 @@ class Index:
                 state = newer
 
     def _load(self, state: State) -> None:
-        self.state = state
-        self._vectors, self._tables, self._states = [], [], []
+        # Segments never change: what is open already stays open.
+        open_before = {one.segment: one for one in self._opened}
+        opened = [
+            open_before.get(segment) or _Opened.at(self.folder, segment, state.embedding_width)
+            for segment in state.segments
+        ]
         live = []
         for segment in state.segments:
-            folder = self.folder / SEGMENTS / segment.name
-            # "c": torch wants arrays that it may write to. Nobody does.
-            vectors = np.load(folder / EMBEDDINGS, mmap_mode="c", allow_pickle=False)
-            table = pq.read_table(folder / ROWS, schema=COLUMNS, memory_map=True)
-            has_states = (folder / STATES).exists()
-            stored = np.load(folder / STATES, mmap_mode="c") if has_states else None
-            expected = (segment.num_rows, state.embedding_width)
-            if vectors.shape != expected or len(table) != segment.num_rows:
-                raise ValueError(
-                    f"{folder} holds {vectors.shape} embeddings of {len(table)} rows, and "
-                    f"{expected} were committed"
-                )
             is_live = np.ones(segment.num_rows, dtype=np.bool_)
             is_live[list((state.deleted or {}).get(segment.name, ()))] = False
             live.append(is_live)
-            self._vectors.append(vectors)
-            self._tables.append(table)
-            self._states.append(stored)
+        self.state, self._opened = state, opened
         self.is_live: NDArray[np.bool_] = np.concatenate([np.zeros(0, dtype=np.bool_), *live])
+        self._dead = np.flatnonzero(~self.is_live)
         self._ends = np.cumsum([segment.num_rows for segment in state.segments])
 
     def _place(self, number: int) -> tuple[int, int]:

@@ -149,11 +149,6 @@ class Searcher:
 
     def embed(self, query: Query) -> tuple[Tensor, str]:
         """Return what images are compared with, (E,) of unit norm, and what it is made of."""
-        embedding, method = self._embedded(query)
-        # In bfloat16 it is of unit norm to two digits.
-        return F.normalize(embedding.float(), dim=0), method
-
-    def _embedded(self, query: Query) -> tuple[Tensor, str]:
         if query.image is None:
             assert query.text is not None
             return self.engine.embed_texts([query.text])[0], "text by ITC"
@@ -163,7 +158,7 @@ class Searcher:
         if isinstance(backend, TorchBackend) and backend.config.reconstruction is not None:
             return self.engine.refine([query.image], [query.text])[0], "picture refined by text"
         both = self.engine.embed_images([query.image]) + self.engine.embed_texts([query.text])
-        return both[0], "mean of picture and text by ITC"
+        return F.normalize(both, dim=1)[0], "mean of picture and text by ITC"
 
     def _nearest(
         self, embedding: Tensor, num: int, allowed: NDArray[np.bool_] | None

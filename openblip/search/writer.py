@@ -33,6 +33,8 @@ from openblip.search.index import (
 _LOCK = "writer.lock"
 _COPIED_ROWS = 1 << 14
 
+_Part = tuple[pa.Table, NDArray[np.float32], NDArray[np.float16] | None]
+
 
 class IndexWriter:
     """The one process that changes an index, as a context.
@@ -119,7 +121,7 @@ class IndexWriter:
 
     def compact(self) -> None:
         """Write all that is left into one segment, and give the room of the others back."""
-        segments = (self._write(self._live_parts(self.index), len(self.index)),)
+        segments = (self._write(_parts(self.index, self.index.is_live), len(self.index)),)
         self._commit(replace(self.index.state, segments=segments if len(self.index) else ()))
         self._remove_strangers()
 
@@ -138,14 +140,14 @@ class IndexWriter:
         is_new = other.is_live & np.array([key not in known for key in keys], dtype=np.bool_)
         num_new = int(is_new.sum())
         if num_new:
-            segment = self._write(self._live_parts(other, is_new), num_new)
+            segment = self._write(_parts(other, is_new), num_new)
             state = self.index.state
             self._commit(replace(state, segments=(*state.segments, segment)))
         return num_new
 
     def _write(
         self,
-        parts: Iterator[tuple[pa.Table, NDArray[np.float32], NDArray[np.float16] | None]],
+        parts: Iterator[_Part],
         num_rows: int,
     ) -> Segment:
         """Write a segment of parts, none of which need fit the memory with the others."""
@@ -177,24 +179,6 @@ class IndexWriter:
             digest = checksum(folder / EMBEDDINGS)
         return Segment(name, num_rows, digest)
 
-    def _live_parts(
-        self, index: Index, wanted: NDArray[np.bool_] | None = None
-    ) -> Iterator[tuple[pa.Table, NDArray[np.float32], NDArray[np.float16] | None]]:
-        numbers = np.flatnonzero(index.is_live if wanted is None else wanted)
-        # States are kept where all have them.
-        has_states = all(
-            (index.folder / SEGMENTS / segment.name / STATES).exists()
-            for segment in index.state.segments
-        )
-        for start in range(0, len(numbers), _COPIED_ROWS):
-            some = numbers[start : start + _COPIED_ROWS].tolist()
-            table = pa.Table.from_pylist([index.row(number) for number in some], schema=COLUMNS)
-            states = None
-            if has_states:
-                each = [index.states(number) for number in some]
-                states = np.stack([one.numpy() for one in each if one is not None])
-            yield table, index.embeddings(some).numpy(), states
-
     def _deleted_with(self, numbers: Sequence[int]) -> dict[str, list[int]]:
         deleted = {name: set(rows) for name, rows in (self.index.state.deleted or {}).items()}
         for name, rows in self.index.segment_rows(numbers).items():
@@ -216,6 +200,12 @@ class IndexWriter:
         for path in folder.iterdir() if folder.is_dir() else ():
             if path.name not in names:
                 shutil.rmtree(path)
+
+
+def _parts(index: Index, wanted: NDArray[np.bool_]) -> Iterator[_Part]:
+    """Yield some images of an index; their states where all have them."""
+    for table, vectors, states in index.parts(wanted, _COPIED_ROWS):
+        yield table, vectors, states if index.has_states else None
 
 
 def _check_folder(folder: Path) -> None:
