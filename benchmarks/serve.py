@@ -92,6 +92,16 @@ class Client:
 
     async def send(self, request: bytes) -> Reply:
         """Send a request and read what comes back. Raises OSError, EOFError if nothing does."""
+        is_reused = self._writer is not None
+        try:
+            return await self._exchange(request)
+        except (ConnectionError, asyncio.IncompleteReadError) as error:
+            # A server closes a connection that nobody used for a while, as this one may be.
+            if not is_reused or getattr(error, "partial", b""):
+                raise
+            return await self._exchange(request)
+
+    async def _exchange(self, request: bytes) -> Reply:
         if self._reader is None or self._writer is None:
             self._reader, self._writer = await asyncio.open_connection(self._host, self._port)
         try:
@@ -101,7 +111,10 @@ class Client:
                 name.lower(): value.strip()
                 for name, _, value in (line.partition(":") for line in head[1:] if line)
             }
-            body = await self._reader.readexactly(int(headers.get("content-length", "0")))
+            if headers.get("transfer-encoding") == "chunked":
+                body = await _chunks(self._reader)
+            else:
+                body = await self._reader.readexactly(int(headers.get("content-length", "0")))
         except BaseException:
             self.close()
             raise
@@ -114,6 +127,15 @@ class Client:
         if self._writer is not None:
             self._writer.close()
         self._reader = self._writer = None
+
+
+async def _chunks(reader: asyncio.StreamReader) -> bytes:
+    """Read a body that comes in chunks, as streams do."""
+    body = b""
+    while size := int(await reader.readline(), 16):
+        body += (await reader.readexactly(size + 2))[:-2]
+    await reader.readline()
+    return body
 
 
 def form_request(

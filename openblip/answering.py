@@ -104,7 +104,8 @@ def encode_questions(
     if not owners:
         raise ValueError("no question to answer")
     texts = [clean_question(text) for several in questions for text in several]
-    tokens = tokenizer.encode_batch(texts, max_tokens=MAX_TEXT_TOKENS)
+    most = min(MAX_TEXT_TOKENS, vqa.config.question.max_positions)
+    tokens = tokenizer.encode_batch(texts, max_tokens=most)
     token_ids, text_mask = tokens.token_ids.to(vqa.device), tokens.text_mask.to(vqa.device)
     pixels = images.to(vqa.device, vqa.vision.class_token.dtype)
     context = vqa.project_image(vqa.encode_image(pixels))

@@ -202,15 +202,14 @@ def match(
     """
     from openblip.data.files import prepare_image
     from openblip.hub import load_engine
-    from openblip.inference import tokenize
-    from openblip.tokenizer import MAX_TEXT_TOKENS
 
     data = image.read_bytes()
     engine = load_engine(model, dtype=dtype)
     pixels = prepare_image(data, image, engine.image_size_px)
     [judged] = engine.match([pixels], [texts])
-    if num_truncated := tokenize(engine.tokenizer, texts).num_truncated:
-        say(f"{num_truncated} texts are longer than {MAX_TEXT_TOKENS} tokens and were cut")
+    if (tokens := engine.tokenize(texts)).num_truncated:
+        most = tokens.token_ids.shape[1]
+        say(f"{tokens.num_truncated} texts are longer than {most} tokens and were cut")
     matches = [{"text": text, **asdict(one)} for text, one in zip(texts, judged, strict=True)]
     lines = [f"{'match_probability':>17}  {'similarity':>10}  text"]
     lines += [

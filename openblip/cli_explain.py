@@ -45,8 +45,6 @@ def explain(
     from openblip.explain import explanation_figure
     from openblip.hub import load_engine
     from openblip.images import decode_image
-    from openblip.inference import tokenize
-    from openblip.tokenizer import MAX_TEXT_TOKENS
 
     if out is not None and out.suffix.lower() not in KINDS:
         raise ValueError(f"{out}: the name must end in {', '.join(KINDS)}")
@@ -56,8 +54,8 @@ def explain(
     engine = load_engine(model, dtype=dtype)
     pixels = prepare_image(data, image, engine.image_size_px)
     explanation = explain_match(engine, pixels, text, layer=layer)
-    if tokenize(engine.tokenizer, [text]).num_truncated:
-        say(f"the text is longer than {MAX_TEXT_TOKENS} tokens and was cut")
+    if (tokens := engine.tokenize([text])).num_truncated:
+        say(f"the text is longer than {tokens.token_ids.shape[1]} tokens and was cut")
     if out is not None:
         figure = explanation_figure(decode_image(data), explanation)
         out.parent.mkdir(parents=True, exist_ok=True)

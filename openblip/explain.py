@@ -19,12 +19,11 @@ from torch import Tensor
 from openblip.backend import TorchBackend
 from openblip.batching import ImageLike
 from openblip.captions import clean_caption
-from openblip.inference import Engine, tokenize
+from openblip.inference import Engine
 from openblip.kernels import plain
 from openblip.models.blip import Blip, with_first
 from openblip.models.context import Context
 from openblip.models.text import CrossAttention, MedLayer
-from openblip.tokenizer import MAX_TEXT_TOKENS
 
 PANEL = (320, 240)
 """Most pixels of a picture in a figure, across and down."""
@@ -84,11 +83,11 @@ def explain(
             "and no word"
         )
     cleaned = clean_caption(text)
-    words = engine.tokenizer.words_of_text(cleaned, max_tokens=MAX_TEXT_TOKENS)
+    token_ids = engine.tokenize([text]).token_ids.to(backend.device)
+    words = engine.tokenizer.words_of_text(cleaned, max_tokens=token_ids.shape[1])
     if not words:
         raise ValueError(f"the text {text!r} has no word to explain")
     context = engine.encode([image]).context
-    token_ids = tokenize(engine.tokenizer, [text]).token_ids.to(backend.device)
     seen = attention_to_image(blip, token_ids, context, chosen)
     grid = math.isqrt(engine.config.vision.num_patches)
     # [CLS] of the image, which stands for all of it, is no place.

@@ -29,9 +29,12 @@ class ImageDecodeError(ValueError):
         self.reason = reason
 
 
-def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def decode_image(
+    data: bytes, *, max_pixels: int = MAX_PIXELS, formats: tuple[str, ...] | None = None
+) -> Image.Image:
     """Decode to RGB: upright by EXIF, first frame, transparency on white, 16 bit scaled to 8.
 
+    formats  names of Pillow's formats that are tried; None: all that it knows
     Raises ImageDecodeError with reason `empty`, `not_an_image`, `too_many_pixels`, `truncated`
     or `corrupt`.
     """
@@ -40,7 +43,7 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data))
+            image = Image.open(io.BytesIO(data), formats=formats)
     except Image.DecompressionBombError as error:
         raise ImageDecodeError("too_many_pixels", str(error)) from error
     except UnidentifiedImageError as error:

@@ -172,7 +172,7 @@ class Engine:
 
     def match_matrix(self, images: Images, texts: Sequence[str]) -> Tensor:
         """Judge every text beside every image by ITM -> (I, T) probabilities."""
-        tokens = tokenize(self.tokenizer, texts)
+        tokens = self.tokenize(texts)
 
         def judge(encoded: Encoded) -> list[Tensor]:
             return list(self._judge_tokens(encoded, [tokens] * len(encoded)).view(len(encoded), -1))
@@ -195,7 +195,7 @@ class Engine:
 
     def embed_texts(self, texts: Sequence[str] | TokenBatch) -> Tensor:
         """Embed texts -> (T, E), unit norm."""
-        tokens = texts if isinstance(texts, TokenBatch) else tokenize(self.tokenizer, texts)
+        tokens = texts if isinstance(texts, TokenBatch) else self.tokenize(texts)
         embeddings = [torch.zeros(0, self._embedding_width)]
         for part in text_parts(tokens):
             embeddings.append(
@@ -211,7 +211,7 @@ class Engine:
         """
         if not isinstance(self.backend, TorchBackend):
             raise ValueError("images are refined by a model in PyTorch alone")
-        tokens = tokenize(self.tokenizer, texts)
+        tokens = self.tokenize(texts)
         rows = [torch.zeros(0, self._embedding_width)]
         done = 0
         for pixels in self.batcher.prepared(images):
@@ -262,7 +262,7 @@ class Engine:
         own = self.backend.temperature
         if score == "itc":
             return LabelScores.of(score, self.embed_images(images) @ labels.embedding.T, own)
-        tokens = tokenize(self.tokenizer, labels.sentences)
+        tokens = self.tokenize(labels.sentences)
 
         def judge(encoded: Encoded) -> list[tuple[Tensor, Tensor]]:
             logits = self._logits(encoded, [tokens] * len(encoded))
@@ -351,7 +351,7 @@ class Engine:
             own = texts[done : done + len(encoded)]
             if len(own) < len(encoded):
                 raise ValueError(f"{len(texts)} lists of texts for more images")
-            tokens = [tokenize(self.tokenizer, several) for several in own]
+            tokens = [self.tokenize(several) for several in own]
             probabilities = self._judge_tokens(encoded, tokens)
             similarities = torch.full_like(probabilities, torch.nan)
             if has_similarity and len(probabilities):
@@ -385,12 +385,15 @@ class Engine:
             )  # fmt: skip
         return torch.cat(logits)
 
+    def tokenize(self, texts: Sequence[str]) -> TokenBatch:
+        """Clean and encode texts to compare with images, cut to what the model takes."""
+        most = min(MAX_TEXT_TOKENS, self.backend.config.text.max_positions)
+        return tokenize(self.tokenizer, texts, most)
+
     def _run(self, images: Images, work: Callable[[Encoded], list[T]]) -> list[T]:
         return self.batcher.run(images, self._encode, work)
 
 
-def tokenize(tokenizer: Tokenizer, texts: Sequence[str]) -> TokenBatch:
+def tokenize(tokenizer: Tokenizer, texts: Sequence[str], most: int = MAX_TEXT_TOKENS) -> TokenBatch:
     """Clean and encode texts that will be compared with images or judged beside them."""
-    return tokenizer.encode_batch(
-        [clean_caption(text) for text in texts], max_tokens=MAX_TEXT_TOKENS
-    )
+    return tokenizer.encode_batch([*map(clean_caption, texts)], max_tokens=most)

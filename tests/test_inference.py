@@ -1,5 +1,6 @@
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -393,3 +394,13 @@ def test_ranked_answers_begin_with_the_answer(
     assert all(len(several) == 2 for own in shortlisted for several in own)
     with pytest.raises(ValueError, match="num_answers 0"):
         engine.ranked_answers(images, questions, num_answers=0)
+
+
+def test_a_text_is_cut_to_the_positions_of_a_small_model(blip, tokenizer) -> None:
+    """BLIP's limit of 35 tokens is more than a model of 12 positions has."""
+    text = replace(blip.config.text, max_positions=12)
+    small = Blip(replace(blip.config, text=text)).eval()
+    engine = engine_of(small, tokenizer)
+    long = "a red cat on a blue mat above a house " * 5
+    assert engine.tokenize([long]).token_ids.shape == (1, 12)
+    assert engine.embed_texts([long]).shape == (1, 8)

@@ -12,7 +12,7 @@ from torch import Tensor
 from openblip.batching import Encoded, ImageLike
 from openblip.data.samples import Sample
 from openblip.evaluation.metrics import RetrievalRecalls, retrieval_recalls
-from openblip.inference import Engine, tokenize
+from openblip.inference import Engine
 from openblip.tokenizer import TokenBatch
 from openblip.training.log import ProgressLine
 
@@ -170,4 +170,4 @@ class _Pairs:
         texts = [caption.text for sample in samples for caption in sample.captions]
         owners = [index for index, sample in enumerate(samples) for _ in sample.captions]
         images = [sample.image_bytes for sample in samples]
-        return cls(images, tokenize(engine.tokenizer, texts), torch.tensor(owners))
+        return cls(images, engine.tokenize(texts), torch.tensor(owners))

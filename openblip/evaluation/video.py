@@ -17,7 +17,7 @@ from openblip.batching import Encoded
 from openblip.data.video import VideoText, find_video, read_frames
 from openblip.evaluation.metrics import RetrievalRecalls, median_rank, retrieval_recalls
 from openblip.evaluation.retrieval import RetrievalScores, rerank
-from openblip.inference import Engine, tokenize
+from openblip.inference import Engine
 from openblip.tokenizer import TokenBatch
 
 
@@ -93,7 +93,7 @@ def evaluate_videos(
     names = list(dict.fromkeys(text.video for text in texts))
     paths = [find_video(folder, name) for name in names]
     videos = _Videos(paths, num_frames, engine.image_size_px)
-    tokens = tokenize(engine.tokenizer, [text.text for text in texts])
+    tokens = engine.tokenize([text.text for text in texts])
     scores = score_videos(engine, videos, tokens, shortlist=shortlist)
     number_of = {name: number for number, name in enumerate(names)}
     owners = torch.tensor([number_of[text.video] for text in texts])

@@ -18,7 +18,7 @@ from openblip.backend import TorchBackend
 from openblip.batching import Encoded, ImageLike
 from openblip.data.prefetch import map_beside
 from openblip.images import ImageDecodeError
-from openblip.inference import Engine, tokenize
+from openblip.inference import Engine
 from openblip.search.index import Index
 from openblip.search.stores import Store
 from openblip.search.where import matching
@@ -169,7 +169,7 @@ class Searcher:
 
     def _judge(self, text: str, numbers: Sequence[int]) -> dict[int, tuple[float, float]]:
         """Return logit and probability of the match with each image that can be read."""
-        tokens = tokenize(self.engine.tokenizer, [text])
+        tokens = self.engine.tokenize([text])
         judged: dict[int, tuple[float, float]] = {}
 
         def judge(own: Sequence[int], encoded: Encoded) -> None:

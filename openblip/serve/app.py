@@ -21,7 +21,7 @@ from openblip import __version__
 from openblip.search.index import Index
 from openblip.serve.errors import RequestError, install
 from openblip.serve.fetch import fetch
-from openblip.serve.guard import Guard
+from openblip.serve.guard import Guard, cors_options
 from openblip.serve.metrics import Metrics
 from openblip.serve.models import Models, ServedModel
 from openblip.serve.pictures import Picture, Thumbnails, checked_picture
@@ -33,7 +33,7 @@ from openblip.serve.works import SharedIndex
 PAGE = Path(__file__).with_name("page")
 _PAGE_TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript",
                ".svg": "image/svg+xml"}  # fmt: skip
-_DECODERS = 4
+_DECODERS, _FETCHERS = 4, 8
 T = TypeVar("T")
 
 ImageField = Annotated[UploadFile | None, File(description="Picture: JPEG, PNG, WebP, GIF or BMP.")]
@@ -54,6 +54,7 @@ class Service:
     settings: ServerSettings
     metrics: Metrics
     threads: ThreadPoolExecutor
+    fetchers: ThreadPoolExecutor
     index: SharedIndex | None = None
     thumbnails: Thumbnails = field(default_factory=Thumbnails)
 
@@ -69,7 +70,10 @@ class Service:
         elif not self.settings.may_fetch:
             raise RequestError(422, "no_urls", "this server fetches no pictures; send the picture")
         else:
-            data = await self.beside(lambda: fetch(url, self.settings.max_upload_bytes))
+            # In threads of their own: a slow site keeps no other picture waiting.
+            data = await asyncio.get_running_loop().run_in_executor(
+                self.fetchers, fetch, url, self.settings.max_upload_bytes
+            )
         return await self.beside(lambda: checked_picture(data, self.settings.max_pixels))
 
     async def needed_picture(self, image: UploadFile | None, url: str | None) -> Picture:
@@ -166,13 +170,15 @@ def build_app(
 
     threads = ThreadPoolExecutor(_DECODERS, "pictures")
     shared = None if index is None else SharedIndex(index)
-    service = Service(models, settings, metrics, threads, shared)
+    fetchers = ThreadPoolExecutor(_FETCHERS, "fetches")
+    service = Service(models, settings, metrics, threads, fetchers, shared)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
         await asyncio.to_thread(models.stop)
         service.threads.shutdown(cancel_futures=True)
+        service.fetchers.shutdown(cancel_futures=True)
 
     app = FastAPI(
         title="openblip",
@@ -198,13 +204,7 @@ def build_app(
     app.get("/readyz", summary="Whether the server takes work")(_readyz)
     app.get("/metrics", summary="Figures for Prometheus", response_class=Response)(_metrics)
     if settings.origins:
-        app.add_middleware(
-            CORSMiddleware,
-            allow_origins=list(settings.origins),
-            allow_methods=["GET", "POST"],
-            allow_headers=["Authorization", "X-Request-Id"],
-            expose_headers=["X-Request-Id", "Retry-After"],
-        )
+        app.add_middleware(CORSMiddleware, **cors_options(settings.origins))
     return app
 
 

@@ -4,10 +4,12 @@ A name is looked up once, and the address that was checked is the one that is co
 server that answers otherwise a moment later changes nothing. Every redirect passes the same way.
 """
 
+import contextlib
 import http.client
 import ipaddress
 import socket
 import ssl
+import threading
 import time
 from urllib.parse import urljoin, urlsplit
 
@@ -58,11 +60,16 @@ def _get(url: str, max_bytes: int, deadline: float) -> bytes | str:
     connection = http.client.HTTPConnection(parts.hostname, port, timeout=left)
     # The connection is made here, to the address that was checked; the name is for TLS and `Host`.
     plain = socket.create_connection((address, port), timeout=left)
-    connection.sock = plain
+    connection.sock = used = plain
+    late = None
     try:
         if parts.scheme == "https":
             context = ssl.create_default_context()
-            connection.sock = context.wrap_socket(plain, server_hostname=parts.hostname)
+            connection.sock = used = context.wrap_socket(plain, server_hostname=parts.hostname)
+        # Who sends a byte now and then never runs into the time limit of a single read.
+        late = threading.Timer(max(0.0, deadline - time.monotonic()), _end, [used])
+        late.daemon = True
+        late.start()
         target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
         connection.request("GET", target, headers={"User-Agent": "openblip", "Accept": "image/*"})
         response = connection.getresponse()
@@ -72,7 +79,15 @@ def _get(url: str, max_bytes: int, deadline: float) -> bytes | str:
             raise _refusal(f"the picture's server answered {response.status}")
         return _body(response, max_bytes, deadline)
     finally:
+        if late is not None:
+            late.cancel()
         connection.close()
+
+
+def _end(connection: socket.socket) -> None:
+    """End what is read from a connection in another thread."""
+    with contextlib.suppress(OSError):  # it is closed already
+        connection.shutdown(socket.SHUT_RDWR)
 
 
 def _body(response: http.client.HTTPResponse, max_bytes: int, deadline: float) -> bytes:
@@ -81,8 +96,8 @@ def _body(response: http.client.HTTPResponse, max_bytes: int, deadline: float) -
         data += chunk
         if len(data) > max_bytes:
             raise RequestError(413, "too_large", f"the picture is larger than {max_bytes} bytes")
-        if time.monotonic() > deadline:
-            raise TimeoutError
+    if time.monotonic() > deadline:
+        raise TimeoutError
     return bytes(data)
 
 

@@ -14,9 +14,10 @@ import re
 import time
 import uuid
 from collections import OrderedDict
-from collections.abc import MutableMapping
+from collections.abc import MutableMapping, Sequence
 from typing import Any
 
+from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -86,7 +87,11 @@ class Guard:
             body = error_body(error.code, str(error.detail), exchange.request_id)
             response = JSONResponse(body, error.status_code, headers=error.headers)
             await self._discard(receive, exchange.num_bytes)
-            await response(scope, receive, exchange.send)
+            answer: ASGIApp = response
+            if self._settings.origins:
+                # Those sites' pages must be able to read why, and when to come back.
+                answer = CORSMiddleware(response, **cors_options(self._settings.origins))
+            await answer(scope, receive, exchange.send)
             self._note(exchange, time.monotonic() - start)
             return
         self.num_active += is_work
@@ -233,6 +238,16 @@ class _Exchange:
                 ),
             ]
         await self._send(message)
+
+
+def cors_options(origins: Sequence[str]) -> dict[str, Any]:
+    """Return what pages of other sites may do."""
+    return {
+        "allow_origins": list(origins),
+        "allow_methods": ["GET", "POST"],
+        "allow_headers": ["Authorization", "X-Request-Id"],
+        "expose_headers": ["X-Request-Id", "Retry-After"],
+    }
 
 
 def _too_large(most: int) -> RequestError:

@@ -40,7 +40,7 @@ class Picture:
     def opened(self, max_pixels: int) -> Image.Image:
         """Decode it. Raises RequestError for a damaged one."""
         try:
-            return decode_image(self.data, max_pixels=max_pixels)
+            return decode_image(self.data, max_pixels=max_pixels, formats=(self.kind,))
         except ImageDecodeError as error:
             raise _unusable(error.reason, str(error)) from error
 

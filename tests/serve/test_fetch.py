@@ -1,6 +1,8 @@
 """Pictures by URL: from public addresses alone, whatever names and redirects say."""
 
+import contextlib
 import socket
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
@@ -27,6 +29,15 @@ def site() -> Iterator[str]:
                 self.send_response(302)
                 self.send_header("Location", "/loop")
                 self.end_headers()
+                return
+            if self.path in ("/slow-head", "/slow-body"):
+                self.wfile.write(b"HTTP/1.0 200 OK\r\n")
+                if self.path == "/slow-body":
+                    self.wfile.write(b"\r\n")
+                with contextlib.suppress(OSError):
+                    for _ in range(100):
+                        time.sleep(0.05)
+                        self.wfile.write(b"x")
                 return
             if self.path == "/absent":
                 self.send_error(404)
@@ -138,3 +149,12 @@ def test_a_server_that_may_fetch_does(serve, picture, monkeypatch) -> None:
     assert by_url == server.post("embed", picture).json()
     both = server.post("embed", picture, url="https://example.org/a.jpg")
     assert "not both" in both.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("path", ["/slow-head", "/slow-body"])
+def test_a_site_that_drips_is_left_in_time(site, is_public_here, monkeypatch, path) -> None:
+    monkeypatch.setattr(fetching, "TIMEOUT_S", 0.5)
+    start = time.monotonic()
+    with pytest.raises(RequestError, match="could not be fetched"):
+        fetch(site + path, 1000)
+    assert time.monotonic() - start < 3

@@ -235,6 +235,10 @@ def test_other_sites_may_ask_only_where_it_is_said(running, serve) -> None:
     server = serve(origins=("https://example.org",), tokens=TOKENS)
     allowed = server.client.options("/v1/caption", headers=asked)
     assert allowed.headers["access-control-allow-origin"] == "https://example.org"
+    refused = server.client.post("/v1/caption", headers={"Origin": "https://example.org"})
+    assert refused.status_code == 401
+    assert refused.headers["access-control-allow-origin"] == "https://example.org"
+    assert "Retry-After" in refused.headers["access-control-expose-headers"]
     other = server.client.options("/v1/caption", headers=asked | {"Origin": "https://example.com"})
     assert "access-control-allow-origin" not in other.headers
 
