@@ -126,7 +126,8 @@ class TorchBackend:
         """Move each image's embedding by its text; as `Blip.refine_image`."""
         device = self.device
         images = images.to(device, self._dtype)
-        return self.blip.refine_image(images, token_ids.to(device), text_mask.to(device)).float()
+        refined = self.blip.refine_image(images, token_ids.to(device), text_mask.to(device))
+        return _of_unit_norm(refined)
 
     def new_decoder_cache(self) -> DecoderCache:
         return self.blip.new_decoder_cache()

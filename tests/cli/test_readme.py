@@ -24,6 +24,8 @@ def test_a_command_and_its_options_exist(command: str) -> None:
     names = [words[0]]
     if words[0] in {"finetune", "capfilt", "evaluate"}:
         names.append(words[1])
+    if words[0] == "index":
+        names.append("add")  # what it does unless told otherwise
     result = CliRunner().invoke(app, [*names, "--help"])
     assert result.exit_code == 0, result.output
     for option in (word for word in words if word.startswith("--")):
