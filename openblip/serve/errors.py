@@ -11,6 +11,7 @@ from starlette.exceptions import HTTPException
 
 _log = logging.getLogger(__name__)
 
+INTERNAL = "the server failed at this request; its log has the reason under this id"
 _CODES = {
     400: "bad_request",
     401: "unauthorized",
@@ -65,8 +66,7 @@ def install(app: FastAPI) -> None:
         return JSONResponse(body, 422)
 
     async def on_other(request: Request, error: Exception) -> JSONResponse:
-        message = "the server failed at this request; its log has the reason under this id"
-        return JSONResponse(error_body("internal", message, request_id_of(request)), 500)
+        return JSONResponse(error_body("internal", INTERNAL, request_id_of(request)), 500)
 
     app.add_exception_handler(HTTPException, on_http)
     app.add_exception_handler(RequestValidationError, on_invalid)

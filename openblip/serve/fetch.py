@@ -19,6 +19,15 @@ MOST_REDIRECTS = 3
 TIMEOUT_S = 10.0
 _PORTS = {"http": 80, "https": 443}
 _CHUNK = 1 << 16
+_WRAPPING = [
+    ipaddress.ip_network("::/96"),
+    ipaddress.ip_network("::ffff:0:0/96"),
+    ipaddress.ip_network("64:ff9b::/96"),
+    ipaddress.ip_network("64:ff9b:1::/48"),
+    ipaddress.ip_network("2001::/32"),
+    ipaddress.ip_network("2002::/16"),
+]
+"""Addresses with one of IPv4 in them, which a network may take apart again."""
 
 
 def fetch(url: str, max_bytes: int) -> bytes:
@@ -41,8 +50,8 @@ def public_address(host: str, port: int) -> str:
     addresses = [str(info[4][0]) for info in found]
     for address in addresses:
         ip = ipaddress.ip_address(address.partition("%")[0])
-        mapped = getattr(ip, "ipv4_mapped", None)
-        if not (mapped or ip).is_global or ip.is_multicast:
+        within = any(ip in network for network in _WRAPPING)
+        if not ip.is_global or ip.is_multicast or within:
             raise _refusal("the URL leads to an address that is not public")
     return addresses[0]
 

@@ -39,7 +39,7 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _MOST_CLIENTS = 10_000
 _DISCARDED = 4
 """Times the largest upload that is read of one that is refused."""
-_GUARDED = "/v1/"
+_GUARDED, _PICTURES = "/v1/", "/v1/pictures/"
 _log = logging.getLogger("openblip.serve.requests")
 
 
@@ -79,7 +79,8 @@ class Guard:
             return
         exchange = _Exchange(scope, send)
         path = scope["path"]
-        is_work = scope["method"] == "POST" and path.startswith(_GUARDED)
+        is_picture = path.startswith(_PICTURES)
+        is_work = is_picture or (scope["method"] == "POST" and path.startswith(_GUARDED))
         start = time.monotonic()
         try:
             self._refuse(scope, path, exchange, is_work=is_work)
@@ -126,7 +127,9 @@ class Guard:
             raise RequestError(503, "stopping", "the server is stopping", headers)
         if exchange.num_bytes > settings.max_upload_bytes:
             raise _too_large(settings.max_upload_bytes)
-        if self._buckets is not None and (wait := self._buckets.wait_s(client, time.monotonic())):
+        # A page of found pictures is one request to who looks at it.
+        buckets = None if path.startswith(_PICTURES) else self._buckets
+        if buckets is not None and (wait := buckets.wait_s(client, time.monotonic())):
             headers = {"Retry-After": str(_whole_seconds(wait))}
             raise RequestError(429, "rate_limited", "too many requests of this client", headers)
         if self.num_active >= settings.max_active:

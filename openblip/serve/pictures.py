@@ -82,7 +82,7 @@ def thumbnail(data: bytes, side_px: int, max_pixels: int) -> bytes:
 
 
 class Thumbnails:
-    """The thumbnails of a server that were asked for last, by what they are of."""
+    """The thumbnails that a server made last, by what they are of."""
 
     def __init__(self) -> None:
         self._kept: OrderedDict[Hashable, bytes] = OrderedDict()
@@ -91,7 +91,8 @@ class Thumbnails:
         """Return a thumbnail, made unless it is kept."""
         kept = self._kept.get(name)
         if kept is None:
-            kept = self._kept[name] = make()
+            kept = make()
+            self._kept[name] = kept
             while len(self._kept) > MOST_THUMBNAILS:
                 self._kept.popitem(last=False)
         return kept

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 from collections.abc import AsyncIterator
 from dataclasses import asdict, replace
 from typing import Annotated, Any, Literal
@@ -15,7 +16,7 @@ from openblip.labels import DEFAULT_TEMPLATES, LabelScore
 from openblip.results import Word, WrittenCaption
 from openblip.serve import works
 from openblip.serve.app import ImageField, ModelField, Service, ServiceField, UrlField
-from openblip.serve.errors import RequestError, error_body, request_id_of
+from openblip.serve.errors import INTERNAL, RequestError, error_body, request_id_of
 from openblip.serve.models import ServedModel
 from openblip.serve.schemas import (
     AnswerAnswer,
@@ -37,6 +38,7 @@ from openblip.serve.schemas import (
 )
 
 router = APIRouter(prefix="/v1")
+_log = logging.getLogger(__name__)
 MOST_TOKENS, MOST_CAPTIONS, MOST_BEAMS = 100, 16, 16
 
 
@@ -140,8 +142,11 @@ async def _events(
         try:
             yield _event("done", _captions(served.name, job.result()).model_dump())
         except RequestError as error:
-            body = error_body(error.code, str(error.detail), request_id_of(request))
-            yield _event("error", body)
+            yield _event("error", error_body(error.code, str(error.detail), request_id_of(request)))
+        except Exception:
+            # The answer has begun, so its status cannot say it.
+            _log.exception("request %s failed", request_id_of(request))
+            yield _event("error", error_body("internal", INTERNAL, request_id_of(request)))
     finally:
         follower.leave()
         job.cancel()

@@ -15,7 +15,7 @@ from openblip.serve.app import guarded
 from openblip.serve.guard import Guard
 from openblip.serve.settings import ServerSettings
 
-_BACKLOG, _MOST_HEADER_BYTES = 2048, 16_384
+_BACKLOG, _MOST_HEADER_BYTES, _CLOSING_S = 2048, 16_384, 5
 _log = logging.getLogger("openblip.serve")
 
 
@@ -34,7 +34,19 @@ class JsonLines(logging.Formatter):
 class DrainingServer(uvicorn.Server):
     """Stops at the first signal once all accepted requests are answered, at the second at once."""
 
-    def __init__(self, config: uvicorn.Config, guard: Guard, drain_timeout_s: float) -> None:
+    def __init__(self, guard: Guard, drain_timeout_s: float) -> None:
+        config = uvicorn.Config(
+            guard,
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            # Anyone can write X-Forwarded-For: whoever connects is the client.
+            proxy_headers=False,
+            # The limit below is of this one.
+            http="h11",
+            h11_max_incomplete_event_size=_MOST_HEADER_BYTES,
+            timeout_graceful_shutdown=_CLOSING_S,
+        )
         super().__init__(config)
         self._guard, self._drain_timeout_s = guard, drain_timeout_s
         self._deadline: float | None = None
@@ -64,17 +76,9 @@ def serve(app: FastAPI, settings: ServerSettings, host: str, port: int) -> None:
     except OSError as error:
         raise ValueError(f"cannot listen at {host}, port {port}: {error.strerror}") from error
     guard = guarded(app)
-    config = uvicorn.Config(
-        guard,
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        h11_max_incomplete_event_size=_MOST_HEADER_BYTES,
-        timeout_graceful_shutdown=5,
-    )
     shown = f"[{host}]" if ":" in host else host
     print(f"serving at http://{shown}:{listener.getsockname()[1]}/", flush=True)
-    asyncio.run(DrainingServer(config, guard, settings.drain_timeout_s).serve([listener]))
+    asyncio.run(DrainingServer(guard, settings.drain_timeout_s).serve([listener]))
 
 
 def log_as_json() -> None:

@@ -18,7 +18,7 @@ class ServerSettings:
     batch_wait_s      that a model waits for more requests of a kind when it has fewer than it can
                       take together
     upload_timeout_s  for the body of a request to come in
-    answer_timeout_s  from a whole request to its answer
+    answer_timeout_s  for a model's part of an answer, waiting for its turn included
     drain_timeout_s   for what is accepted when the server is told to stop
     tokens            of which a request needs one, as a bearer token; none: everyone may ask
     requests_per_s    of one client, or of one token; None: any number

@@ -13,7 +13,6 @@ import httpx
 import numpy as np
 import pytest
 import torch
-import uvicorn
 from fastapi import FastAPI
 from PIL import Image
 
@@ -43,11 +42,7 @@ class RunningServer:
         self.app = app
         self.guard = guarded(app)
         listener = socket.create_server(("127.0.0.1", 0))
-        config = uvicorn.Config(
-            self.guard, log_config=None, access_log=False, timeout_graceful_shutdown=2,
-            h11_max_incomplete_event_size=16_384,
-        )  # fmt: skip
-        self.server = DrainingServer(config, self.guard, settings.drain_timeout_s)
+        self.server = DrainingServer(self.guard, settings.drain_timeout_s)
         self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         self.client = httpx.Client(base_url=self.url, timeout=60, trust_env=False)
         self._thread = threading.Thread(

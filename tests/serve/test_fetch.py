@@ -87,7 +87,7 @@ def is_public_here(monkeypatch, names) -> None:
     "address",
     ["127.0.0.1", "10.1.2.3", "172.16.0.1", "192.168.1.1", "169.254.169.254", "0.0.0.0",
      "100.64.0.1", "224.0.0.1", "::1", "fe80::1", "fc00::1", "::ffff:127.0.0.1",
-     "::ffff:10.0.0.1", "255.255.255.255"],
+     "::ffff:10.0.0.1", "255.255.255.255", "64:ff9b::7f00:1", "2002:7f00:1::", "::127.0.0.1"],
 )  # fmt: skip
 def test_no_address_that_is_not_public(names, address) -> None:
     names["inner.test"] = [address]

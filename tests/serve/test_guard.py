@@ -158,6 +158,31 @@ def test_a_client_has_a_rate(serve) -> None:
     assert server.client.get("/v1/models").status_code == 200
 
 
+def test_a_client_is_who_connects_whatever_he_says(serve) -> None:
+    server = serve(requests_per_s=0.01, burst=1)
+    codes = [
+        server.client.post(
+            "/v1/embed", data={"texts": "a"}, headers={"X-Forwarded-For": f"203.0.113.{n}"}
+        ).status_code
+        for n in range(3)
+    ]
+    assert codes == [200, 429, 429]
+
+
+def test_a_stream_that_fails_says_so(running, picture, monkeypatch, caplog) -> None:
+    from openblip.serve import works
+
+    def fail(self: object, engine: object, items: object) -> None:
+        raise RuntimeError("the inner reason")
+
+    monkeypatch.setattr(works.CaptionWork, "__call__", fail)
+    response = running.post("caption", picture, stream="true")
+    assert response.text.startswith("event: error\n")
+    assert '"code": "internal"' in response.text
+    assert "inner" not in response.text
+    assert "the inner reason" in caplog.text
+
+
 def test_buckets_fill_again() -> None:
     buckets = Buckets(per_s=2, burst=3)
     assert [buckets.wait_s("a", 0.0) for _ in range(4)] == [0, 0, 0, pytest.approx(0.5)]
