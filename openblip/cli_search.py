@@ -113,7 +113,7 @@ def delete(
         raise ValueError("nothing to delete: give --key, --keys or --where")
     with IndexWriter.of(index) as writer:
         known = writer.index.known()
-        numbers = {known[one][0] for one in named if one in known}
+        numbers = {known[one].number for one in named if one in known}
         if where:
             live = matching(writer.index, where) & writer.index.is_live
             numbers |= set(live.nonzero()[0].tolist())
@@ -163,15 +163,26 @@ def compact(index: IndexFolder, as_json: AsJson = False) -> None:
 
 
 @index_app.command("show")
-def show(index: IndexFolder, as_json: AsJson = False) -> None:
+def show(
+    index: IndexFolder,
+    is_verified: Annotated[
+        bool, typer.Option("--verify", help="Read all files, and compare their checksums.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
     """Say what an index holds."""
-    from openblip.search.index import Index
+    from openblip.search.index import SEGMENTS, Index
     from openblip.search.stores import STORES
 
     opened = Index.open(index)
     state = opened.state
     num_bytes = sum(path.stat().st_size for path in index.rglob("*") if path.is_file())
     addresses = opened.column("address").unique().to_pylist()
+    if is_verified and (damaged := opened.damaged()):
+        raise ValueError(
+            f"{index} is damaged: the files of {len(damaged)} segments are not what was written, "
+            f"as {index / SEGMENTS / damaged[0]}; make it anew"
+        )
     stores = sorted(path.name for path in (index / STORES).glob("[!.]*"))
     result = {
         "num_images": len(opened), "num_deleted": opened.num_rows - len(opened),

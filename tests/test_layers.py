@@ -156,6 +156,12 @@ def test_files_stay_small():
     assert not long
 
 
+def test_files_of_the_page_stay_small():
+    files = list((PACKAGE / "serve" / "page").iterdir())
+    assert files
+    assert not [f.name for f in files if len(f.read_text(encoding="utf-8").splitlines()) > 400]
+
+
 KNOWN = {"models", "models.text", "models.blip", "training", "training.loop", "pretrain",
          "finetune", "finetune.captioning", "capfilt", "capfilt.filter", "cli"}  # fmt: skip
 

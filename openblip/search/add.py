@@ -1,11 +1,11 @@
 """From a data set into an index: what is new is embedded, what is there already is left alone."""
 
-import hashlib
 import json
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +18,8 @@ from openblip.data.shards import Shard
 from openblip.data.sources import list_shards, read_builds
 from openblip.images import ImageDecodeError, decode_image, eval_transform, perceptual_hash
 from openblip.inference import Engine
+from openblip.search.index import Known
+from openblip.search.places import image_checksum
 from openblip.search.writer import IndexWriter
 from openblip.training.log import ProgressLine
 
@@ -72,15 +74,18 @@ def add_source(
 
     commit_images  images that are committed together; whoever is killed loses no more
     has_states     keep the image states too, for ITM without the images
-    is_pruned      delete what lies in the shards of this data set no more
+    is_pruned      delete what this data set held and holds no more: of shards that are listed, and
+                   of those in its folder that are there no more; not what could not be read
     on_bad         called with key and reason of what cannot be used
-    An image whose key and bytes are in the index is left alone; other bytes replace it. A key that
-    another shard of the index has, and still is there, is refused as `repeated_key`.
+    An image that is in the index as it is now is left alone; other bytes, captions or fields, or
+    another place, replace it. A key that another shard of the index has, and still is there, is
+    refused as `repeated_key`.
     Raises ValueError for no data set, and as reading shards does.
     """
     report = AddReport()
     known = writer.index.known()
     seen: set[str] = set()
+    unusable: set[str] = set()
     shards = [shard.absolute() for shard in list_shards(source)]
 
     def refuse(key: str, reason: str) -> None:
@@ -109,7 +114,7 @@ def add_source(
         embed()
         if not rows:
             return
-        replaced = [known[row["key"]][0] for row in rows if row["key"] in known]
+        replaced = [known[row["key"]].number for row in rows if row["key"] in known]
         writer.add(
             rows, torch.cat(embeddings), torch.cat(states) if states else None, replaced=replaced
         )
@@ -125,6 +130,7 @@ def add_source(
             line.advance()
             if isinstance(entry, BadSample):
                 refuse(entry.key, entry.reason)
+                unusable.add(entry.key)
                 continue
             key = entry.row["key"]
             if key in seen or _is_elsewhere(entry.row, known):
@@ -141,11 +147,11 @@ def add_source(
                 commit()
         commit()
     if is_pruned:
-        own = {str(shard) for shard in shards}
+        listed, folder = {str(shard) for shard in shards}, Path(source).absolute()
         gone = [
-            number
-            for key, (number, address, _) in writer.index.known().items()
-            if address in own and key not in seen
+            one.number
+            for key, one in writer.index.known().items()
+            if key not in seen and key not in unusable and _is_of(one.address, listed, folder)
         ]
         if gone:
             writer.delete(gone)
@@ -156,11 +162,19 @@ def add_source(
     return report
 
 
-def _is_elsewhere(row: dict[str, Any], known: dict[str, tuple[int, str, str]]) -> bool:
+def _is_of(address: str, listed: set[str], folder: Path) -> bool:
+    """Say whether a shard is one of a data set, or lay in its folder and is there no more."""
+    if address in listed:
+        return True
+    shard = Shard.at(address)
+    return not shard.is_remote and shard.path.is_relative_to(folder) and not shard.path.exists()
+
+
+def _is_elsewhere(row: dict[str, Any], known: Mapping[str, Known]) -> bool:
     """Say whether another shard, which is still there, has an image of this key."""
     if row["key"] not in known:
         return False
-    address = known[row["key"]][1]
+    address = known[row["key"]].address
     if address == row["address"]:
         return False
     shard = Shard.at(address)
@@ -168,14 +182,16 @@ def _is_elsewhere(row: dict[str, Any], known: dict[str, tuple[int, str, str]]) -
 
 
 def _prepared(
-    shards: list[Shard], size_px: int, known: dict[str, tuple[int, str, str]]
+    shards: list[Shard], size_px: int, known: Mapping[str, Known]
 ) -> Iterator[_Prepared | BadSample]:
     """Yield all samples in order, read and decoded by threads ahead of the model."""
 
     def entries() -> Iterator[tuple[Shard, int, Build]]:
         for shard in shards:
+            # In a folder and in a tar shard an image is found by its key, wherever it stands.
+            is_table = shard.suffix != ".tar" and (shard.is_remote or not shard.path.is_dir())
             for number, build in enumerate(read_builds(shard)):
-                yield shard, number, build
+                yield shard, number if is_table else 0, build
 
     def prepare(entry: tuple[Shard, int, Build]) -> _Prepared | BadSample:
         shard, number, build = entry
@@ -185,9 +201,15 @@ def _prepared(
             return BadSample(error.key, "unreachable_image")
         if isinstance(sample, BadSample):
             return sample
-        digest = hashlib.blake2b(sample.image_bytes, digest_size=16).hexdigest()
-        row = {"key": sample.key, "address": str(shard), "entry": number, "checksum": digest}
-        if sample.key in known and known[sample.key][1:] == (str(shard), digest):
+        row = {
+            "key": sample.key, "address": str(shard), "entry": number,
+            "checksum": image_checksum(sample.image_bytes), **_described(sample),
+        }  # fmt: skip
+        before = known.get(sample.key)
+        if before is not None and all(
+            getattr(before, name) == row[name]
+            for name in ("address", "entry", "checksum", "captions", "meta")
+        ):
             return _Prepared(row, None)
         try:
             image = decode_image(sample.image_bytes)
@@ -195,7 +217,7 @@ def _prepared(
         except ImageDecodeError as error:
             return BadSample(sample.key, error.reason)
         row |= {"width": image.width, "height": image.height, "hash": perceptual_hash(image)}
-        return _Prepared({**row, **_described(sample)}, pixels)
+        return _Prepared(row, pixels)
 
     return map_beside(prepare, entries())
 

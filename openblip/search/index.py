@@ -11,9 +11,10 @@ so whoever is killed leaves the index as it was after the last commit.
 Letters: E embedding width, N patches, D width, R rows of the whole index, deleted ones included.
 """
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from openblip.data.shards import checksum
 from openblip.search.places import Place, Places
 
 FORMAT = 1
@@ -47,14 +49,15 @@ COLUMNS = pa.schema(
         ("meta", pa.string()),
     ]
 )
-"""Of every image: its key; the shard that it lies in and its number there; hash and number of its
-bytes; pixels; 64 bits of its looks; captions as lines of text and as JSON; further fields as JSON.
+"""Of every image: its key; the shard that it lies in and, of a table, its row there; hash and
+number of its bytes; pixels; 64 bits of its looks; captions as lines of text and as JSON; further
+fields as JSON.
 """
 
 
 @dataclass(frozen=True)
 class Segment:
-    """Rows that were written together. `checksum` is of the file of embeddings."""
+    """Rows that were written together. `checksum` is of the names and contents of its files."""
 
     name: str
     num_rows: int
@@ -65,12 +68,14 @@ class Segment:
 class State:
     """What `index.json` says.
 
+    index_id    of this index alone, by which stores elsewhere name it
     model       address of the model that embedded the images
     model_id    hash of its weights
     generation  number of the commit
     deleted     rows of a segment that are there no more
     """
 
+    index_id: str
     model: str
     model_id: str
     embedding_width: int
@@ -82,6 +87,7 @@ class State:
         """Return plain values."""
         return {
             "format": FORMAT,
+            "index_id": self.index_id,
             "model": self.model,
             "model_id": self.model_id,
             "embedding_width": self.embedding_width,
@@ -89,6 +95,18 @@ class State:
             "segments": [vars(segment) for segment in self.segments],
             "deleted": {name: list(rows) for name, rows in (self.deleted or {}).items() if rows},
         }
+
+
+@dataclass(frozen=True)
+class Known:
+    """An image of an index: its number, and columns that another image would have otherwise."""
+
+    number: int
+    address: str
+    entry: int
+    checksum: str
+    captions: str
+    meta: str
 
 
 def read_state(folder: Path) -> State:
@@ -108,8 +126,8 @@ def read_state(folder: Path) -> State:
         )
     segments = tuple(Segment(**one) for one in values["segments"])
     return State(
-        values["model"], values["model_id"], values["embedding_width"], values["generation"],
-        segments, values["deleted"],
+        values["index_id"], values["model"], values["model_id"], values["embedding_width"],
+        values["generation"], segments, values["deleted"],
     )  # fmt: skip
 
 
@@ -138,6 +156,14 @@ class _Opened:
                 f"{expected} were committed"
             )
         return cls(segment, vectors, table, states)
+
+
+def segment_checksum(folder: Path) -> str:
+    """Hash the files of a segment."""
+    files = [folder / name for name in (EMBEDDINGS, ROWS, STATES) if (folder / name).exists()]
+    return hashlib.blake2b(
+        "".join(checksum(file) for file in files).encode(), digest_size=16
+    ).hexdigest()
 
 
 class Index:
@@ -222,7 +248,7 @@ class Index:
     def places_of(self, numbers: Sequence[int]) -> list[Place]:
         """Return where images lie."""
         rows = [self.row(number) for number in numbers]
-        return [Place(row["address"], row["key"], row["entry"]) for row in rows]
+        return [Place(row["address"], row["key"], row["entry"], row["checksum"]) for row in rows]
 
     def image_bytes(self, number: int) -> bytes:
         """Read an image from where it was indexed. Raises UnreadableImageError."""
@@ -257,9 +283,18 @@ class Index:
             first = end
 
     @property
-    def has_states(self) -> bool:
-        """Whether the image states of all are stored."""
-        return all(one.states is not None for one in self._opened)
+    def with_states(self) -> NDArray[np.bool_]:
+        """Of which of the R rows the image states are stored."""
+        each = [np.full(one.segment.num_rows, one.states is not None) for one in self._opened]
+        return np.concatenate([np.zeros(0, dtype=np.bool_), *each])
+
+    def damaged(self) -> list[str]:
+        """Return the names of segments whose files are not what was committed."""
+        return [
+            segment.name
+            for segment in self.state.segments
+            if segment_checksum(self.folder / SEGMENTS / segment.name) != segment.checksum
+        ]
 
     def states(self, number: int) -> Tensor | None:
         """Return the stored image states (1 + N, D) of an image, None where there are none."""
@@ -288,13 +323,13 @@ class Index:
         found = [(cosine, number) for cosine, number in best if cosine > -np.inf]
         return [number for _, number in found], [cosine for cosine, _ in found]
 
-    def known(self) -> dict[str, tuple[int, str, str]]:
-        """Return number, address and checksum of every image, by key."""
-        columns = [self.column(name).to_pylist() for name in ("key", "address", "checksum")]
-        rows = enumerate(zip(*columns, strict=True))
+    def known(self) -> dict[str, Known]:
+        """Return every image by its key, and what tells whether it has changed."""
+        columns = [self.column(field.name).to_pylist() for field in fields(Known)[1:]]
+        keys = self.column("key").to_pylist()
         return {
-            key: (number, address, checksum)
-            for number, (key, address, checksum) in rows
+            key: Known(number, *facts)
+            for number, (key, *facts) in enumerate(zip(keys, *columns, strict=True))
             if self.is_live[number]
         }
 

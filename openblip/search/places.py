@@ -1,5 +1,6 @@
 """Images by the place that they were indexed from: a file, a tar's member, a table's row."""
 
+import hashlib
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,18 +20,25 @@ MOST_SHARDS = 64
 class Place:
     """Where an image lies.
 
-    address  of its shard, or of the folder that it is a file of
-    key      of its sample
-    entry    its number in the shard, by which a table's rows are found
+    address   of its shard, or of the folder that it is a file of
+    key       of its sample
+    entry     of a table: its row, counted from 0
+    checksum  `image_checksum` of its bytes; what has another is another image
     """
 
     address: str
     key: str
     entry: int
+    checksum: str
+
+
+def image_checksum(data: bytes) -> str:
+    """Hash the bytes of an image."""
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
 class UnreadableImageError(ValueError):
-    """An image is no longer where it was indexed."""
+    """An image is no longer where it was indexed, or is another one now."""
 
 
 class Places:
@@ -44,7 +52,9 @@ class Places:
         """Return the bytes of one image. Raises UnreadableImageError."""
         [(_, data)] = self.read_all([place])
         if data is None:
-            raise UnreadableImageError(f"{place.key} is no longer in {place.address}")
+            raise UnreadableImageError(
+                f"{place.key} is no longer in {place.address}, or has changed"
+            )
         return data
 
     def read_all(self, places: Sequence[Place]) -> Iterator[tuple[int, bytes | None]]:
@@ -60,7 +70,12 @@ class Places:
                 # The shard is gone, or is another one now: its images are told as unreadable.
                 found = {}
             for number in numbers:
-                yield number, found.get(number)
+                data = found.get(number)
+                if data is not None and image_checksum(data) != places[number].checksum:
+                    # Who remembers where it lay must look again.
+                    self._members.pop(address, None)
+                    data = None
+                yield number, data
 
     def _read_shard(self, shard: Shard, places: dict[int, Place]) -> dict[int, bytes]:
         if not shard.is_remote and shard.path.is_dir():

@@ -33,7 +33,6 @@ VECTORS_PER_LIST = 64
 INDEXED_ROWS = 100_000
 """From so many rows on, LanceDB gets an index of its own; below, it compares with all."""
 SENT_AT_ONCE = 512
-_TABLE = "images"
 
 Found = tuple[list[int], list[float]]
 
@@ -103,9 +102,9 @@ class FaissStore:
 class LanceStore:
     """A LanceDB table, in a folder or an object store."""
 
-    def __init__(self, folder: Path, file: StoreFile) -> None:
+    def __init__(self, index: Index, folder: Path, file: StoreFile) -> None:
         self._file = file
-        self._table = _lance(folder, file.address).open_table(_TABLE)
+        self._table = _lance(folder, file.address).open_table(_name(index))
 
     def top(
         self, index: Index, embedding: Tensor, num: int, allowed: NDArray[np.bool_] | None
@@ -134,7 +133,7 @@ class QdrantStore:
     def __init__(self, index: Index, file: StoreFile) -> None:
         self._file = file
         self._client = _qdrant(file.address)
-        self._collection = _collection(index)
+        self._collection = _name(index)
 
     def top(
         self, index: Index, embedding: Tensor, num: int, allowed: NDArray[np.bool_] | None
@@ -190,7 +189,7 @@ def open_store(index: Index, kind: StoreKind) -> Store:
         case "faiss-ivf" | "faiss-hnsw":
             return FaissStore(folder, file)
         case "lance":
-            return LanceStore(folder, file)
+            return LanceStore(index, folder, file)
         case "qdrant":
             return QdrantStore(index, file)
 
@@ -247,7 +246,7 @@ def _build_lance(index: Index, folder: Path, address: str) -> None:
     database = _lance(folder, address)
     kind = pa.list_(pa.float32(), index.embedding_width)
     schema = pa.schema([("number", pa.int64()), ("vector", kind)])
-    table = database.create_table(_TABLE, schema=schema, mode="overwrite")
+    table = database.create_table(_name(index), schema=schema, mode="overwrite")
     for numbers, vectors in _live_blocks(index):
         flat = pa.array(vectors.reshape(-1), type=pa.float32())
         column = pa.FixedSizeListArray.from_arrays(flat, index.embedding_width)
@@ -259,7 +258,7 @@ def _build_lance(index: Index, folder: Path, address: str) -> None:
 def _build_qdrant(index: Index, address: str) -> None:
     from qdrant_client import models
 
-    client, name = _qdrant(address), _collection(index)
+    client, name = _qdrant(address), _name(index)
     if client.collection_exists(name):
         client.delete_collection(name)
     vectors_config = models.VectorParams(
@@ -274,8 +273,9 @@ def _build_qdrant(index: Index, address: str) -> None:
     client.close()
 
 
-def _collection(index: Index) -> str:
-    return f"openblip-{index.folder.resolve().name}-{index.model_id}"
+def _name(index: Index) -> str:
+    """Return a name that no other index has, wherever it is kept."""
+    return f"openblip-{index.state.index_id}"
 
 
 def _faiss() -> Any:

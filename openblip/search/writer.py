@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import os
 import shutil
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,6 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from torch import Tensor
 
-from openblip.data.shards import checksum
 from openblip.data.sinks import json_line, whole_folder, write_bytes_atomically
 from openblip.search.index import (
     COLUMNS,
@@ -28,6 +28,7 @@ from openblip.search.index import (
     Index,
     Segment,
     State,
+    segment_checksum,
 )
 
 _LOCK = "writer.lock"
@@ -44,7 +45,7 @@ class IndexWriter:
 
     def __init__(self, folder: Path, *, model: str, model_id: str, embedding_width: int) -> None:
         self.folder = folder
-        self._new = State(model, model_id, embedding_width)
+        self._new = State(uuid.uuid4().hex, model, model_id, embedding_width)
         self._stack = contextlib.ExitStack()
 
     @classmethod
@@ -120,9 +121,12 @@ class IndexWriter:
         self._commit(replace(self.index.state, deleted=self._deleted_with(numbers)))
 
     def compact(self) -> None:
-        """Write all that is left into one segment, and give the room of the others back."""
-        segments = (self._write(_parts(self.index, self.index.is_live), len(self.index)),)
-        self._commit(replace(self.index.state, segments=segments if len(self.index) else ()))
+        """Write all that is left into one segment, and give the room of the others back.
+
+        Where the image states of some images are stored, those are a segment of their own.
+        """
+        segments = self._copies(self.index, self.index.is_live)
+        self._commit(replace(self.index.state, segments=segments))
         self._remove_strangers()
 
     def merge(self, other: Index) -> int:
@@ -140,19 +144,27 @@ class IndexWriter:
         is_new = other.is_live & np.array([key not in known for key in keys], dtype=np.bool_)
         num_new = int(is_new.sum())
         if num_new:
-            segment = self._write(_parts(other, is_new), num_new)
             state = self.index.state
-            self._commit(replace(state, segments=(*state.segments, segment)))
+            copied = self._copies(other, is_new)
+            self._commit(replace(state, segments=(*state.segments, *copied)))
         return num_new
 
-    def _write(
-        self,
-        parts: Iterator[_Part],
-        num_rows: int,
-    ) -> Segment:
-        """Write a segment of parts, none of which need fit the memory with the others."""
+    def _copies(self, index: Index, wanted: NDArray[np.bool_]) -> tuple[Segment, ...]:
+        """Write the wanted images of an index as new segments: with their states, and without."""
+        segments: list[Segment] = []
+        for own in (wanted & ~index.with_states, wanted & index.with_states):
+            if own.any():
+                parts = index.parts(own, _COPIED_ROWS)
+                segments.append(self._write(parts, int(own.sum()), num_more=len(segments)))
+        return tuple(segments)
+
+    def _write(self, parts: Iterator[_Part], num_rows: int, *, num_more: int = 0) -> Segment:
+        """Write a segment of parts, none of which need fit the memory with the others.
+
+        num_more  segments that were written for the same commit
+        """
         used = [int(segment.name) for segment in self.index.state.segments]
-        name = f"{max(used, default=0) + 1:06d}"
+        name = f"{max(used, default=0) + 1 + num_more:06d}"
         width = self.index.embedding_width
         with whole_folder(self.folder / SEGMENTS / name) as folder:
             shape = (num_rows, width)
@@ -176,7 +188,7 @@ class IndexWriter:
             if stored is not None:
                 stored.flush()
             del vectors, stored
-            digest = checksum(folder / EMBEDDINGS)
+            digest = segment_checksum(folder)
         return Segment(name, num_rows, digest)
 
     def _deleted_with(self, numbers: Sequence[int]) -> dict[str, list[int]]:
@@ -200,12 +212,6 @@ class IndexWriter:
         for path in folder.iterdir() if folder.is_dir() else ():
             if path.name not in names:
                 shutil.rmtree(path)
-
-
-def _parts(index: Index, wanted: NDArray[np.bool_]) -> Iterator[_Part]:
-    """Yield some images of an index; their states where all have them."""
-    for table, vectors, states in index.parts(wanted, _COPIED_ROWS):
-        yield table, vectors, states if index.has_states else None
 
 
 def _check_folder(folder: Path) -> None:

@@ -7,7 +7,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from openblip.data.samples import Sample
 from openblip.data.sinks import ShardWriter, whole_folder
+from openblip.data.writers import JsonLinesWriter
 from openblip.search.index import INDEX_FILE, SEGMENTS, Index
 from openblip.search.places import UnreadableImageError
 from openblip.search.writer import IndexWriter
@@ -79,6 +81,88 @@ def test_pruning_deletes_what_the_source_has_no_more(source, add, tmp_path) -> N
     assert add(folder, path).num_pruned == 0
     assert add(folder, path, is_pruned=True).num_pruned == 1
     assert "picture_03" not in Index.open(path).known()
+
+
+def test_pruning_spares_what_could_not_be_read_and_finds_shards_that_are_gone(
+    source, add, pictures, tmp_path
+) -> None:
+    folder, path = tmp_path / "shards", tmp_path / "index"
+    folder.mkdir()
+    for name, start in (("a", 0), ("b", 6)):
+        with ShardWriter(folder / f"{name}.tar") as writer:
+            for key, data in list(pictures.items())[start : start + 6]:
+                writer.write(Sample(key, data))
+    add(folder, path)
+    (folder / "b.tar").unlink()
+    assert add(folder, path, is_pruned=True).num_pruned == 6
+    assert sorted(Index.open(path).known()) == sorted(pictures)[:6]
+    loose = source("folder")
+    add(loose, tmp_path / "other")
+    (loose / "picture_03.jpg").write_bytes(b"broken")
+    report = add(loose, tmp_path / "other", is_pruned=True)
+    assert (report.num_pruned, report.num_images) == (0, 12)
+
+
+def test_new_captions_are_taken_up(source, add, tmp_path) -> None:
+    folder, path = source("folder"), tmp_path / "index"
+    add(folder, path)
+    fields = json.loads((folder / "picture_03.json").read_text())
+    (folder / "picture_03.json").write_text(json.dumps({**fields, "captions": ["a new one"]}))
+    report = add(folder, path)
+    assert (report.num_replaced, report.num_unchanged) == (1, 11)
+    index = Index.open(path)
+    assert index.metadata(index.find("picture_03"))["captions"][0]["text"] == "a new one"
+
+
+@pytest.mark.parametrize("kind", ["folder", "tar", "jsonl"])
+def test_bytes_that_changed_are_not_taken_for_the_image(
+    kind, source, add, pictures, tmp_path
+) -> None:
+    path = source(kind)
+    add(path, tmp_path / "index")
+    index = Index.open(tmp_path / "index")
+    number = index.find("picture_03")
+    assert index.image_bytes(number) == pictures["picture_03"]
+    if kind == "folder":
+        (path / "picture_03.jpg").write_bytes(pictures["picture_04"])
+    else:
+        writer = ShardWriter(path) if kind == "tar" else JsonLinesWriter(path)
+        with writer:
+            for key, data in reversed(pictures.items()):
+                writer.write(Sample(key, data if key != "picture_03" else pictures["picture_05"]))
+    with pytest.raises(UnreadableImageError, match="or has changed"):
+        index.image_bytes(number)
+
+
+def test_states_of_some_images_outlive_compaction(source, add, pictures, tmp_path) -> None:
+    path, folder = tmp_path / "index", source("folder")
+    add(folder, path, has_states=True)
+    (folder / "new.jpg").write_bytes(pictures["picture_05"][:-2] + b"\xff\xd9")
+    (folder / "other.png").write_bytes(pictures["picture_06"])
+    add(folder, path)
+    with IndexWriter.of(path) as writer:
+        before = writer.index.states(writer.index.find("picture_04"))
+        writer.compact()
+        index = writer.index
+        after = index.states(index.find("picture_04"))
+        assert index.states(index.find("other")) is None
+    assert before is not None
+    assert after is not None
+    assert torch.equal(before, after)
+    assert len(index) == 14
+    assert index.image_bytes(index.find("picture_07")) == pictures["picture_07"]
+
+
+def test_damage_is_found(source, add, tmp_path) -> None:
+    path = tmp_path / "index"
+    add(source("folder"), path, commit_images=6, batch_size=6)
+    index = Index.open(path)
+    assert index.damaged() == []
+    file = path / SEGMENTS / "000002" / "embeddings.npy"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(bytes(data))
+    assert index.damaged() == ["000002"]
 
 
 def test_bad_images_are_counted_and_kept_out(source, add, tmp_path) -> None:
@@ -263,8 +347,6 @@ def test_states_are_kept_when_asked_for(source, add, engine, pictures, tmp_path)
 
 
 def test_a_broken_tar_is_found_up_to_the_break(add, pictures, tmp_path) -> None:
-    from openblip.data.samples import Sample
-
     path = tmp_path / "shard.tar"
     with ShardWriter(path) as writer:
         for key, data in pictures.items():

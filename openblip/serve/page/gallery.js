@@ -50,11 +50,11 @@ export function describe({ key, metadata }) {
   return key;
 }
 
-/** Return what a hit's score is called, and the score. */
+/** Return what orders the hits: match and cosine together, or the cosine alone. */
 export const scoreText = (hit) =>
   hit.match_probability === null || hit.match_probability === undefined
     ? `cosine ${twoDigits(hit.similarity)}`
-    : `match ${twoDigits(hit.match_probability)}`;
+    : `match ${twoDigits(hit.match_probability)} · cosine ${twoDigits(hit.similarity)}`;
 
 export class Gallery {
   #hits = [];

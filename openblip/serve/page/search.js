@@ -56,13 +56,11 @@ async function find(panel, gallery, { text, image, limit }, options) {
   more.dataset.limit = String(limit * MORE);
   const found = answer.hits.length === 1 ? "1 picture" : `${answer.hits.length} pictures`;
   const said = answer.hits.length
-    ? `${found} of ${answer.num_searched} searched, by ${kind(text, image)}: ${answer.method}, ${time(answer.seconds)}.`
+    ? `${found} of ${answer.num_searched} searched: ${answer.method}, ${time(answer.seconds)}.`
     : `Nothing fits among ${answer.num_searched} pictures searched.`;
   announce(said);
   return said;
 }
-
-const kind = (text, image) => (text && image ? "text and picture" : text ? "text" : "picture");
 
 function time(seconds) {
   const total = seconds.total ?? Object.values(seconds).reduce((sum, one) => sum + one, 0);
