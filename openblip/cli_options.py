@@ -55,3 +55,4 @@ DtypeOption = Annotated[
     ),
 ]
 Prompt = Annotated[str, typer.Option("--prompt", help="Start that is given to the decoder.")]
+StoreKindOption = Literal["faiss-ivf", "faiss-hnsw", "lance", "qdrant"]

@@ -3,12 +3,19 @@
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
-from openblip.cli_options import DATA_HELP, MODEL_HELP, AsJson, DtypeOption, ModelOption
+from openblip.cli_options import (
+    DATA_HELP,
+    MODEL_HELP,
+    AsJson,
+    DtypeOption,
+    ModelOption,
+    StoreKindOption,
+)
 from openblip.cli_output import answer, say, table
 
 if TYPE_CHECKING:
@@ -22,7 +29,6 @@ Where = Annotated[
         "(contains), a value, as 'width>=300' or 'caption~dog'. Several: all of them."
     ),
 ]
-StoreKindOption = Literal["faiss-ivf", "faiss-hnsw", "lance", "qdrant"]
 
 
 class _IndexCommands(TyperGroup):

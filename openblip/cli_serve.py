@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from openblip.cli_options import MODEL_HELP, DtypeOption
+from openblip.cli_options import MODEL_HELP, DtypeOption, StoreKindOption
 
 TOKENS_VARIABLE = "OPENBLIP_TOKENS"
 
@@ -23,6 +23,13 @@ def serve(
     index: Annotated[
         Path | None,
         typer.Option(help="Index of pictures to search, made by `openblip index` with a --model."),
+    ] = None,
+    store: Annotated[
+        StoreKindOption | None,
+        typer.Option(
+            help="Store of the index, made by `openblip index store`; by default all images are "
+            "compared."
+        ),
     ] = None,
     runs: Annotated[
         list[Path] | None,
@@ -83,6 +90,7 @@ def serve(
     from openblip.serve.metrics import Metrics
     from openblip.serve.models import load_models, named_models
     from openblip.serve.settings import ServerSettings
+    from openblip.serve.works import SharedIndex
 
     settings = ServerSettings(
         max_upload_bytes=round(max_upload_mb * 1e6),
@@ -99,6 +107,9 @@ def serve(
     )
     metrics = Metrics()
     opened = None if index is None else Index.open(index)
+    if store is not None and opened is None:
+        raise ValueError(f"--store {store} is of an index: give --index too")
+    shared = None if opened is None else SharedIndex(opened, store)
     loaded = load_models(
         named_models(models),
         dtype=dtype,
@@ -108,7 +119,7 @@ def serve(
         searched_id=None if opened is None else opened.model_id,
     )
     log_as_json()
-    serve_app(build_app(loaded, settings, metrics, opened), settings, host, port)
+    serve_app(build_app(loaded, settings, metrics, shared), settings, host, port)
 
 
 def _tokens(file: Path | None) -> tuple[str, ...]:

@@ -18,7 +18,6 @@ from fastapi.responses import FileResponse, JSONResponse, Response
 from torch import Tensor
 
 from openblip import __version__
-from openblip.search.index import Index
 from openblip.serve.errors import RequestError, install
 from openblip.serve.fetch import fetch
 from openblip.serve.guard import Guard, cors_options
@@ -160,7 +159,10 @@ ServiceField = Annotated[Service, Depends(service_of)]
 
 
 def build_app(
-    models: Models, settings: ServerSettings, metrics: Metrics, index: Index | None = None
+    models: Models,
+    settings: ServerSettings,
+    metrics: Metrics,
+    index: SharedIndex | None = None,
 ) -> FastAPI:
     """Return the app of a server; `guarded` puts its outermost layer around it."""
     # The routes' files import this one.
@@ -169,9 +171,8 @@ def build_app(
     from openblip.serve.runs import router as runs_router
 
     threads = ThreadPoolExecutor(_DECODERS, "pictures")
-    shared = None if index is None else SharedIndex(index)
     fetchers = ThreadPoolExecutor(_FETCHERS, "fetches")
-    service = Service(models, settings, metrics, threads, fetchers, shared)
+    service = Service(models, settings, metrics, threads, fetchers, index)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

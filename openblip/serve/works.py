@@ -3,6 +3,7 @@
 Letters: S image side in pixels.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -18,6 +19,9 @@ from openblip.labels import LabelScore
 from openblip.results import Judgement, LabelGuess, Word, WrittenCaption
 from openblip.search.index import Index, read_state
 from openblip.search.query import Query, Results, Searcher
+from openblip.search.stores import Store, StoreKind, open_store
+
+_log = logging.getLogger(__name__)
 
 
 class WordFollower:
@@ -162,16 +166,31 @@ class ExplainWork:
 
 
 class SharedIndex:
-    """The index of a server, as it was committed last. A view of it never changes."""
+    """The index of a server, as it was committed last. A view of it never changes.
 
-    def __init__(self, index: Index) -> None:
-        self.current = index
+    kind  of the store that finds the shortlist; None: all images are compared
+    Raises ValueError if there is no such store, or it is behind the index.
+    """
 
-    def newest(self) -> Index:
-        """Take up what another process committed since, and return the view."""
+    def __init__(self, index: Index, kind: StoreKind | None = None) -> None:
+        self.current, self._kind = index, kind
+        self._store = None if kind is None else open_store(index, kind)
+
+    def newest(self) -> tuple[Index, Store | None]:
+        """Take up what another process committed since; return the view and its store.
+
+        Until a store is made anew, an index that has changed is searched without it.
+        """
         if read_state(self.current.folder).generation != self.current.state.generation:
-            self.current = Index.open(self.current.folder)
-        return self.current
+            index = Index.open(self.current.folder)
+            self._store = None
+            if self._kind is not None:
+                try:
+                    self._store = open_store(index, self._kind)
+                except ValueError as error:
+                    _log.warning("all images are compared: %s", error)
+            self.current = index
+        return self.current, self._store
 
 
 @dataclass(frozen=True)
@@ -182,6 +201,6 @@ class SearchWork:
     index: SharedIndex
 
     def __call__(self, engine: Engine, items: Sequence[Query]) -> list[tuple[Index, Results]]:
-        index = self.index.newest()
-        searcher = Searcher(engine, index)
+        index, store = self.index.newest()
+        searcher = Searcher(engine, index, store)
         return [(index, searcher.search(query)) for query in items]

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from openblip.search.index import COLUMNS, Index
 from openblip.search.stores import build_store, open_store
 from openblip.search.writer import IndexWriter
+from openblip.serve.works import SharedIndex
 
 ROWS, WIDTH = 3000, 32
 
@@ -88,6 +89,24 @@ def test_a_store_behind_its_index_is_refused(add, source, tmp_path) -> None:
         store.top(index, torch.ones(8), 3, None)
     with pytest.raises(ValueError, match="made before the index changed"):
         open_store(index, "faiss-hnsw")
+
+
+def test_a_server_goes_on_without_a_store_that_is_behind(add, source, tmp_path, caplog) -> None:
+    add(source("folder"), tmp_path / "index")
+    with pytest.raises(ValueError, match="has no store of faiss-hnsw"):
+        SharedIndex(Index.open(tmp_path / "index"), "faiss-hnsw")
+    build_store(Index.open(tmp_path / "index"), "faiss-hnsw")
+    shared = SharedIndex(Index.open(tmp_path / "index"), "faiss-hnsw")
+    assert shared.newest()[1] is not None
+    with IndexWriter.of(tmp_path / "index") as writer:
+        writer.delete([0])
+    index, store = shared.newest()
+    assert (len(index), store) == (11, None)
+    assert "made before the index changed" in caplog.text
+    with IndexWriter.of(tmp_path / "index") as writer:
+        writer.delete([1])
+    build_store(Index.open(tmp_path / "index"), "faiss-hnsw")
+    assert shared.newest()[1] is not None
 
 
 def test_what_is_wrong_with_a_store_is_told(index, tmp_path) -> None:

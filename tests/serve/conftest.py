@@ -29,6 +29,7 @@ from openblip.serve.metrics import Metrics
 from openblip.serve.models import Models, serve_model
 from openblip.serve.run import DrainingServer
 from openblip.serve.settings import ServerSettings
+from openblip.serve.works import SharedIndex
 from openblip.tokenizer import Tokenizer
 from tests.cli.conftest import MODEL, model, world  # noqa: F401
 
@@ -162,7 +163,7 @@ def _start(
             serve_model("vqa", vqa, "vqa", 0.004, metrics),
         ]
     )
-    return RunningServer(build_app(models, settings, metrics, index), settings)
+    return RunningServer(build_app(models, settings, metrics, SharedIndex(index)), settings)
 
 
 def alone(engine: Engine) -> RunningServer:
