@@ -21,6 +21,7 @@ from openblip.evaluation.metrics import roc_auc
 from openblip.evaluation.reliability import (
     ReliabilityBin,
     expected_calibration_error,
+    likeliest_temperature,
     reliability_bins,
 )
 from openblip.evaluation.thresholds import (
@@ -152,16 +153,7 @@ def fit_temperature(probabilities: Sequence[float], labels: Sequence[bool]) -> f
         said = _sigmoid(logits / math.exp(log_temperature))
         return float(((said - is_match) * logits).sum()) > 0
 
-    low, high = math.log(COOLEST), math.log(HOTTEST)
-    if is_likelier_beyond(high):
-        return HOTTEST
-    if not is_likelier_beyond(low):
-        return COOLEST
-    while high - low > 1e-9:
-        middle = (low + high) / 2
-        low, high = (middle, high) if is_likelier_beyond(middle) else (low, middle)
-    # The filter's name shows as many digits: another temperature is then another name.
-    return float(f"{math.exp(low):.6g}")
+    return likeliest_temperature(is_likelier_beyond, COOLEST, HOTTEST)
 
 
 def negative_log_likelihood(

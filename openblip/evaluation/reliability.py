@@ -4,7 +4,7 @@ Letters: I images, C classes.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -83,14 +83,25 @@ def fit_softmax_temperature(logits: Tensor, truth: Tensor) -> float:
         shares = (values / math.exp(log_temperature)).softmax(dim=1)
         return float(((shares * values).sum(dim=1, keepdim=True) - own).sum()) > 0
 
-    low, high = math.log(COOLEST), math.log(HOTTEST)
+    return likeliest_temperature(is_likelier_beyond, COOLEST, HOTTEST)
+
+
+def likeliest_temperature(
+    is_likelier_beyond: Callable[[float], bool], coolest: float, hottest: float
+) -> float:
+    """Return the T within limits where a likelihood has its only peak, to 6 digits.
+
+    is_likelier_beyond  says of log T whether the likelihood still rises there, towards higher T
+    """
+    low, high = math.log(coolest), math.log(hottest)
     if is_likelier_beyond(high):
-        return HOTTEST
+        return hottest
     if not is_likelier_beyond(low):
-        return COOLEST
+        return coolest
     while high - low > 1e-9:
         middle = (low + high) / 2
         low, high = (middle, high) if is_likelier_beyond(middle) else (low, middle)
+    # A filter's name shows as many digits: another temperature is then another name.
     return float(f"{math.exp(low):.6g}")
 
 
