@@ -141,7 +141,7 @@ def add_source(
                 report.num_unchanged += 1
                 continue
             batch.append(entry)
-            if len(batch) == batch_size:
+            if len(batch) == min(batch_size, commit_images):
                 embed()
             if len(rows) >= commit_images:
                 commit()
