@@ -312,16 +312,20 @@ class Index:
         dead = self._dead if allowed is None else np.flatnonzero(~(self.is_live & allowed))
         best: list[tuple[float, int]] = []
         for first, vectors in self.blocks():
-            # numpy's product of a matrix and a vector takes half as long as torch's.
-            similarity = torch.from_numpy(vectors.numpy() @ embedding.numpy())
+            # numpy's product of a matrix and a vector takes half as long as torch's, whose threads
+            # would also stand in the way of numpy's here.
+            similarity = vectors.numpy() @ embedding.numpy()
             # Where few are left out, to name them is far faster than to look at all.
             start, end = np.searchsorted(dead, (first, first + len(vectors)))
-            similarity[torch.from_numpy(dead[start:end] - first)] = -torch.inf
-            top = similarity.topk(min(num, len(similarity)))
-            best += zip(top.values.tolist(), (top.indices + first).tolist(), strict=True)
+            similarity[dead[start:end] - first] = -np.inf
+            # Few are nearer than the last one so far: to compare is faster than to sort.
+            floor = best[-1][0] if len(best) == num else -np.inf
+            places = np.flatnonzero(similarity > floor)
+            top = torch.from_numpy(similarity[places]).topk(min(num, len(places)))
+            numbers = places[top.indices.numpy()] + first
+            best += zip(top.values.tolist(), numbers.tolist(), strict=True)
             best = sorted(best, key=lambda one: (-one[0], one[1]))[:num]
-        found = [(cosine, number) for cosine, number in best if cosine > -np.inf]
-        return [number for _, number in found], [cosine for cosine, _ in found]
+        return [number for _, number in best], [cosine for cosine, _ in best]
 
     def known(self) -> dict[str, Known]:
         """Return every image by its key, and what tells whether it has changed."""
